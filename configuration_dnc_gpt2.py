@@ -1,0 +1,138 @@
+"""Configuration of GPT-2 with a differentiable external memory."""
+
+import math
+
+from huggingface_hub.dataclasses import strict
+from transformers import GPT2Config
+
+ADDRESSINGS = ("lru", "dnc", "simplified")
+READ_PROJECTION_INITS = ("transpose", "zero", "normal")
+SCANS = ("auto", "eager", "numba")
+
+
+@strict
+class DNCGPT2Config(GPT2Config):
+    """GPT-2's configuration plus that of its memory. Every argument and alias of `GPT2Config` works.
+
+    Args:
+        mem_slots: number of memory rows N.
+        mem_width: width W of a memory row.
+        num_reads: number of read heads R.
+        addressing: `"lru"` (least-recently-used allocation over rows of an address and a value, the default),
+            `"dnc"` (Graves et al. 2016) or `"simplified"` (softmax allocation without free gates).
+        address_width: leading columns of a row that content addressing looks at (`"lru"` only; the others look at
+            whole rows). `None` means half of `mem_width`.
+        token_shift: write the token seen now under the context that preceded it (`"lru"`).
+        usage_decay: factor in (0, 1] by which usage shrinks at every token (`"lru"`).
+        read_refresh: share of a read that counts as use, 0 or more (`"lru"`).
+        write_gate_bias, allocation_gate_bias, erase_gate_bias, read_gate_bias: initial logits of these gates (`"lru"`).
+        read_strength_init: initial read strength, one number for all heads or one a head (`"lru"`). `None` means 9 for
+            one head and 4 to 32, geometrically spaced, for several: heads that start alike stay alike.
+        read_projection_init: `"transpose"` of the write vector's projection, `"zero"` (the model then starts as its
+            backbone) or `"normal"`. `None` means `"transpose"` for `"lru"` and `"normal"` otherwise.
+        temporal_links: follow the order of writes when reading (`"dnc"`).
+        masked_content, erase_on_free, sharpen_links: the three improvements of Csordas and Schmidhuber 2019 (`"dnc"`).
+        scan: implementation of the recurrence: `"auto"`, `"eager"` or `"numba"`.
+
+    Raises:
+        StrictDataclassError: a value outside its range; the message names the field, the value and what is allowed.
+    """
+
+    model_type = "dnc_gpt2"
+
+    mem_slots: int = 64
+    mem_width: int = 128
+    num_reads: int = 4
+    addressing: str = "lru"
+    address_width: int | None = None
+    token_shift: bool = True
+    usage_decay: float | int = 0.99
+    read_refresh: float | int = 0.0
+    write_gate_bias: float | int = 2.0
+    allocation_gate_bias: float | int = 6.0
+    erase_gate_bias: float | int = 4.0
+    read_gate_bias: float | int = -1.0
+    read_strength_init: float | int | list[float | int] | None = None
+    read_projection_init: str | None = None
+    temporal_links: bool = True
+    masked_content: bool = False
+    erase_on_free: bool = False
+    sharpen_links: bool = False
+    scan: str = "auto"
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
+        """As in transformers; a plain GPT-2 checkpoint is given a memory that leaves its logits as they are."""
+        config, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if config.get("model_type") == GPT2Config.model_type:
+            config = {**config, "model_type": cls.model_type, "read_projection_init": "zero"}
+            config.pop("architectures", None)
+        return config, kwargs
+
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        """As in transformers, which sets `kwargs` on the built config: they are validated too."""
+        result = super().from_dict(config_dict, **kwargs)
+        (result[0] if isinstance(result, tuple) else result).validate_memory()
+        return result
+
+    @property
+    def address_columns(self) -> int:
+        """Number of leading columns of a row that content addressing looks at."""
+        if self.addressing != "lru":
+            return self.mem_width
+        return self.mem_width // 2 if self.address_width is None else self.address_width
+
+    @property
+    def initial_read_projection(self) -> str:
+        """How the read projection starts: `read_projection_init`, resolved."""
+        return self.read_projection_init or ("transpose" if self.addressing == "lru" else "normal")
+
+    def validate_memory(self):
+        """Part of `@strict`'s validation, which runs when the config is built."""
+        for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "mem_slots", "mem_width", "num_reads"):
+            self._require(name, getattr(self, name) >= 1, "an integer of at least 1")
+        self._require("n_embd", self.n_embd % self.n_head == 0, f"a multiple of n_head={self.n_head}")
+        for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop"):
+            self._require(name, 0 <= getattr(self, name) < 1, "a number in [0, 1)")
+        self._require("addressing", self.addressing in ADDRESSINGS, f"one of {ADDRESSINGS}")
+        self._require("scan", self.scan in SCANS, f"one of {SCANS}")
+        if self.addressing == "lru":
+            self._require("mem_width", self.mem_width >= 2, 'at least 2 with addressing="lru" (an address and a value)')
+            allowed = f"None or an integer from 1 to mem_width - 1 = {self.mem_width - 1}"
+            self._require("address_width", 1 <= self.address_columns < self.mem_width, allowed)
+        else:
+            allowed = f'None with addressing="{self.addressing}", which looks at whole rows'
+            self._require("address_width", self.address_width is None, allowed)
+        self._require("usage_decay", 0 < self.usage_decay <= 1, "a number in (0, 1]")
+        self._require("read_refresh", 0 <= self.read_refresh < math.inf, "a finite number of at least 0")
+        for name in ("write_gate_bias", "allocation_gate_bias", "erase_gate_bias", "read_gate_bias"):
+            self._require(name, math.isfinite(getattr(self, name)), "a finite number")
+        initial = self.read_strength_init
+        strengths = initial if isinstance(initial, list) else [2.0 if initial is None else initial]
+        self._require(
+            "read_strength_init",
+            all(1 < strength < math.inf for strength in strengths) and len(strengths) in (1, self.num_reads),
+            f"None, a finite number above 1, or a list of num_reads={self.num_reads} of them",
+        )
+        allowed = f"one of {READ_PROJECTION_INITS} or None"
+        self._require("read_projection_init", self.initial_read_projection in READ_PROJECTION_INITS, allowed)
+
+    def _require(self, name: str, holds: bool, allowed: str) -> None:
+        if not holds:
+            raise ValueError(f"DNCGPT2Config: {name}={getattr(self, name)!r} is not allowed; it must be {allowed}.")
+
+    @property
+    def initial_read_strengths(self) -> list[float]:
+        """Starting strength of each read head."""
+        heads = self.num_reads
+        if isinstance(self.read_strength_init, list):
+            return [float(strength) for strength in self.read_strength_init * (heads // len(self.read_strength_init))]
+        if self.read_strength_init is not None:
+            return [float(self.read_strength_init)] * heads
+        return [4.0 * 8.0 ** (head / (heads - 1)) for head in range(heads)] if heads > 1 else [9.0]
+
+
+DNCGPT2Config.register_for_auto_class()
+
+__all__ = ["DNCGPT2Config"]

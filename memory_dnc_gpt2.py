@@ -1,0 +1,533 @@
+"""The external memory: its state, its addressing, the readable recurrence that specifies it, and the module.
+
+Shapes: B batch, T tokens, H hidden size, N memory slots, W row width, A address width (A = W but for `"lru"`), R read
+heads. Sources: Graves et al. 2016, "Hybrid computing using a neural network with dynamic external memory" (`"dnc"`);
+Csordas and Schmidhuber 2019, "Improving differentiable neural computers through memory masking, de-allocation, and
+link distribution sharpness control" (its three options).
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import initialization as init
+
+try:
+    from .configuration_dnc_gpt2 import DNCGPT2Config
+    from .kernels_dnc_gpt2 import fused_scan
+except ImportError:
+    from configuration_dnc_gpt2 import DNCGPT2Config
+    from kernels_dnc_gpt2 import fused_scan
+
+EPSILON = 1e-6
+
+
+class MemoryState(NamedTuple):
+    """All that the memory carries from token to token and from call to call."""
+
+    memory: Tensor  # [B, N, W]
+    usage: Tensor  # [B, N]
+    write_weights: Tensor  # [B, N], of the last token
+    read_weights: Tensor  # [B, R, N], of the last token
+    link: Tensor | None  # [B, N, N], "dnc" with temporal links
+    precedence: Tensor | None  # [B, N], "dnc" with temporal links
+    previous_hidden: Tensor  # [B, H], final hidden state of the last token
+    started: Tensor  # [B] bool: previous_hidden holds a token of this document
+
+    def map(self, function) -> "MemoryState":
+        """The state with `function` applied to every tensor."""
+        return MemoryState(*(None if tensor is None else function(tensor) for tensor in self))
+
+    def detach(self) -> "MemoryState":
+        """The same state, cut from the graph that computed it."""
+        return self.map(Tensor.detach)
+
+    def to(self, *args, **kwargs) -> "MemoryState":
+        """`Tensor.to` for every tensor; `started` stays boolean."""
+        device = self.memory.to(*args, **kwargs).device
+        return self.map(lambda x: x.to(*args, **kwargs) if x.is_floating_point() else x.to(device))
+
+    def index_select(self, rows: Tensor) -> "MemoryState":
+        """The state of the given batch rows (LongTensor), in their order."""
+        return self.map(lambda x: x.index_select(0, rows.to(x.device)))
+
+    def save(self, path: str) -> None:
+        """Write the state to `path` as safetensors."""
+        tensors = {name: x.detach().contiguous() for name, x in self._asdict().items() if x is not None}
+        save_file(tensors, path, metadata={"format": "pt"})
+
+    @classmethod
+    def load(cls, path: str, device: str = "cpu") -> "MemoryState":
+        """Read a state that `save` wrote.
+
+        Raises:
+            ValueError: the file is no memory state.
+        """
+        try:
+            tensors = load_file(path, device=device)
+        except SafetensorError as error:
+            raise ValueError(f"{path} is not a readable safetensors file ({error}); save the state again.") from error
+        required = set(cls._fields) - {"link", "precedence"}
+        if not required <= set(tensors) <= set(cls._fields):
+            raise ValueError(f"{path} holds {sorted(tensors)}, not a memory state with {sorted(required)}.")
+        return cls(**{name: tensors.get(name) for name in cls._fields})
+
+
+class MemoryInterface(NamedTuple):
+    """What the controller tells the memory, for all tokens at once. `None` where the addressing has no such part."""
+
+    write_keys: Tensor  # [B, T, A]
+    write_strengths: Tensor  # [B, T]
+    write_vectors: Tensor  # [B, T, W]
+    erase_vectors: Tensor  # [B, T, W], in [0, 1]
+    write_gates: Tensor  # [B, T], in [0, 1]
+    read_keys: Tensor  # [B, T, R, A]
+    read_strengths: Tensor  # [B, T, R]
+    allocation_gates: Tensor | None = None  # [B, T], in [0, 1]; not "simplified"
+    free_gates: Tensor | None = None  # [B, T, R], in [0, 1]; "dnc"
+    read_modes: Tensor | None = None  # [B, T, R, 3], backward, content, forward, sum 1; "dnc" with temporal links
+    write_masks: Tensor | None = None  # [B, T, W], in [0, 1]; "dnc" with masked content
+    read_masks: Tensor | None = None  # [B, T, R, W], in [0, 1]; "dnc" with masked content
+    link_sharpness: Tensor | None = None  # [B, T, R, 2], backward, forward, at least 1; "dnc" with sharpened links
+    mask: Tensor | None = None  # [B, T] bool: real tokens; the others leave the state as it is
+    reset: Tensor | None = None  # [B, T] bool: the memory is emptied before these (real) tokens
+
+    def at(self, t: int) -> "MemoryInterface":
+        """The interface of token t, without the token dimension."""
+        return MemoryInterface(*(None if x is None else x[:, t] for x in self))
+
+
+class ScanOutput(NamedTuple):
+    """The memory's answer for all tokens: zero where a token is masked."""
+
+    reads: Tensor  # [B, T, R, W]
+    write_weights: Tensor  # [B, T, N]
+    read_weights: Tensor  # [B, T, R, N]
+    state: MemoryState
+
+
+def content_weights(keys: Tensor, strengths: Tensor, rows: Tensor, masks: Tensor | None = None) -> Tensor:
+    """Softmax over the slots of strength times cosine similarity.
+
+    Args: keys [B, K, A], strengths [B, K], rows [B, N, A], masks [B, K, A] that weigh the columns of key and row.
+    Returns: [B, K, N]. Finite, with finite gradients, for zero keys and rows.
+    """
+    if masks is None:
+        dot = keys @ rows.mT
+        squares = rows.square().sum(-1)[:, None]
+    else:
+        keys = keys * masks
+        dot = (keys * masks) @ rows.mT
+        squares = masks.square() @ rows.square().mT
+    cosine = dot * torch.rsqrt(keys.square().sum(-1, keepdim=True) + EPSILON) * torch.rsqrt(squares + EPSILON)
+    return torch.softmax(strengths[..., None] * cosine, dim=-1)
+
+
+def retention(free_gates: Tensor, read_weights: Tensor) -> Tensor:
+    """Share of each slot that no free gate releases: [B, R], [B, R, N] -> [B, N] (Graves et al.: psi)."""
+    return (1 - free_gates[..., None] * read_weights).prod(dim=1)
+
+
+def dnc_usage(usage: Tensor, write_weights: Tensor, retained: Tensor) -> Tensor:
+    """Usage after the previous token's write and this token's freeing, all [B, N]. No gradient to the write."""
+    return (usage + (1 - usage) * write_weights.detach()) * retained
+
+
+def sorted_allocation(usage: Tensor) -> Tensor:
+    """Allocation weights [B, N] of Graves et al.: the emptier a slot, and the emptier ones before it, the larger."""
+    usage = EPSILON + (1 - EPSILON) * usage
+    ascending, order = torch.sort(usage, dim=-1, stable=True)
+    before = torch.cumprod(torch.cat([torch.ones_like(ascending[:, :1]), ascending[:, :-1]], dim=-1), dim=-1)
+    return torch.zeros_like(usage).scatter(-1, order, (1 - ascending) * before)
+
+
+@torch.no_grad()
+def decayed_usage(
+    usage: Tensor, write_weights: Tensor, read_weights: Tensor, decay: float, read_refresh: float
+) -> Tensor:
+    """Usage [B, N] of `"lru"`: an exponentially decaying sum of writes (and of reads, by `read_refresh`)."""
+    usage = decay * usage + write_weights
+    return usage + read_refresh * read_weights.sum(dim=1) if read_refresh else usage
+
+
+def least_used_allocation(usage: Tensor) -> Tensor:
+    """One-hot at the least used slot, the lowest index on ties: [B, N] -> [B, N]. No gradient."""
+    lowest = usage.min(dim=-1, keepdim=True).values
+    first = (usage == lowest).to(torch.uint8).argmax(dim=-1)  # argmax gives the first of equal values
+    return F.one_hot(first, usage.shape[-1]).to(usage.dtype)
+
+
+def write(memory: Tensor, weights: Tensor, erase: Tensor, vector: Tensor) -> Tensor:
+    """Erase, then add: [B, N, W], [B, N], [B, W], [B, W] -> [B, N, W]."""
+    weights = weights[..., None]
+    return memory * (1 - weights * erase[:, None]) + weights * vector[:, None]
+
+
+def update_link(link: Tensor, precedence: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Temporal link [B, N, N] and precedence [B, N] after a write with `weights` [B, N]; the diagonal stays 0."""
+    link = (1 - weights[:, :, None] - weights[:, None]) * link + weights[:, :, None] * precedence[:, None]
+    link = link * (1 - torch.eye(link.shape[-1], dtype=link.dtype, device=link.device))
+    return link, (1 - weights.sum(-1, keepdim=True)) * precedence + weights
+
+
+def sharpen(weights: Tensor, sharpness: Tensor) -> Tensor:
+    """Raise [B, R, N] to the power `sharpness` [B, R] and normalise; where a weight is 0 it stays 0."""
+    positive = weights > 0
+    # The result does not depend on the scale, so the largest weight may be detached.
+    scaled = weights / weights.detach().amax(-1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
+    powers = torch.where(positive, torch.where(positive, scaled, 1.0) ** sharpness[..., None], 0.0)
+    total = powers.sum(-1, keepdim=True)
+    return powers / torch.where(total > 0, total, 1.0)
+
+
+def simplified_step(x: MemoryInterface, state: MemoryState) -> tuple[Tensor, MemoryState]:
+    """One token of `"simplified"`: reads [B, R, W] and the new state. The strength is one learned temperature."""
+    strength = x.write_strengths[:, None]
+    content = content_weights(x.write_keys[:, None], strength, state.memory)[:, 0]
+    allocation = torch.softmax(strength * (1 - state.usage), dim=-1)
+    weights = 0.5 * content + 0.5 * allocation
+    read_weights = content_weights(x.read_keys, x.read_strengths, state.memory)  # addressed before the write ...
+    written = write(state.memory, weights, x.erase_vectors, x.write_vectors)
+    memory = state.memory + x.write_gates[:, None, None] * (written - state.memory)
+    usage = state.usage + (1 - state.usage) * weights.detach()  # counts a write even where the gate is shut
+    new = state._replace(memory=memory, usage=usage, write_weights=weights, read_weights=read_weights)
+    return read_weights @ memory, new  # ... and read after it
+
+
+def dnc_step(x: MemoryInterface, state: MemoryState, erase_on_free: bool) -> tuple[Tensor, MemoryState]:
+    """One token of `"dnc"` (Graves et al. 2016): reads [B, R, W] and the new state."""
+    retained = retention(x.free_gates, state.read_weights)
+    usage = dnc_usage(state.usage, state.write_weights, retained)
+    write_mask = None if x.write_masks is None else x.write_masks[:, None]
+    content = content_weights(x.write_keys[:, None], x.write_strengths[:, None], state.memory, write_mask)[:, 0]
+    allocation_gate = x.allocation_gates[:, None]
+    weights = allocation_gate * sorted_allocation(usage) + (1 - allocation_gate) * content
+    weights = x.write_gates[:, None] * weights
+    before = state.memory * retained[..., None] if erase_on_free else state.memory
+    memory = write(before, weights, x.erase_vectors, x.write_vectors)
+    read_weights = content_weights(x.read_keys, x.read_strengths, memory, x.read_masks)
+    link, precedence = state.link, state.precedence
+    if x.read_modes is not None:
+        link, precedence = update_link(link, precedence, weights)
+        forward, backward = state.read_weights @ link.mT, state.read_weights @ link
+        if x.link_sharpness is not None:
+            backward = sharpen(backward, x.link_sharpness[..., 0])
+            forward = sharpen(forward, x.link_sharpness[..., 1])
+        modes = x.read_modes[..., None]
+        read_weights = modes[:, :, 0] * backward + modes[:, :, 1] * read_weights + modes[:, :, 2] * forward
+    new = MemoryState(memory, usage, weights, read_weights, link, precedence, state.previous_hidden, state.started)
+    return read_weights @ memory, new
+
+
+def lru_step(
+    x: MemoryInterface, state: MemoryState, usage_decay: float, read_refresh: float
+) -> tuple[Tensor, MemoryState]:
+    """One token of `"lru"`: reads [B, R, W] and the new state. Similarities look at the address columns alone."""
+    width = x.read_keys.shape[-1]
+    usage = decayed_usage(state.usage, state.write_weights, state.read_weights, usage_decay, read_refresh)
+    addresses = state.memory[..., :width]
+    content = content_weights(x.write_keys[:, None], x.write_strengths[:, None], addresses)[:, 0]
+    allocation_gate = x.allocation_gates[:, None]
+    weights = allocation_gate * least_used_allocation(usage) + (1 - allocation_gate) * content
+    weights = x.write_gates[:, None] * weights
+    memory = write(state.memory, weights, x.erase_vectors, x.write_vectors)
+    read_weights = content_weights(x.read_keys, x.read_strengths, memory[..., :width])
+    new = state._replace(memory=memory, usage=usage, write_weights=weights, read_weights=read_weights)
+    return read_weights @ memory, new
+
+
+def recurrence(interface: MemoryInterface, state: MemoryState, config: DNCGPT2Config) -> ScanOutput:
+    """The memory token by token: the specification that every fused scan must equal.
+
+    Args:
+        interface: float32 or float64, as the state is.
+        state: the state before the first token.
+        config: `addressing` and its options.
+    """
+
+    def step(x: MemoryInterface, state: MemoryState) -> tuple[Tensor, MemoryState]:
+        if config.addressing == "simplified":
+            return simplified_step(x, state)
+        if config.addressing == "dnc":
+            return dnc_step(x, state, config.erase_on_free)
+        return lru_step(x, state, config.usage_decay, config.read_refresh)
+
+    def choose(rows: Tensor, new: MemoryState, old: MemoryState) -> MemoryState:
+        pairs = zip(new, old, strict=True)
+        return MemoryState(
+            *(None if a is None else torch.where(rows.view(-1, *[1] * (a.dim() - 1)), a, b) for a, b in pairs)
+        )
+
+    reads, write_weights, read_weights = [], [], []
+    for t in range(interface.write_gates.shape[1]):
+        x = interface.at(t)
+        if x.reset is not None:
+            state = choose(x.reset, state.map(torch.zeros_like), state)
+        read, new = step(x, state)
+        written, read_at = new.write_weights, new.read_weights
+        if x.mask is not None:
+            state = choose(x.mask, new, state)
+            read, read_at = (x.mask[:, None, None] * value for value in (read, read_at))
+            written = x.mask[:, None] * written
+        else:
+            state = new
+        reads.append(read)
+        write_weights.append(written)
+        read_weights.append(read_at)
+    return ScanOutput(torch.stack(reads, 1), torch.stack(write_weights, 1), torch.stack(read_weights, 1), state)
+
+
+class MemoryOutput(NamedTuple):
+    """What `DNCMemory` returns."""
+
+    hidden_states: Tensor  # [B, T, H], to be added to the final hidden states
+    write_gates: Tensor  # [B, T]
+    write_weights: Tensor  # [B, T, N]
+    read_weights: Tensor  # [B, T, R, N]
+    state: MemoryState
+
+
+class DNCMemory(nn.Module):
+    """Memory with `mem_slots` rows of `mem_width`, written and read once a token under the backbone's control.
+
+    All projections run over all tokens at once; only the recurrence is sequential.
+    """
+
+    def __init__(self, config: DNCGPT2Config):
+        super().__init__()
+        self.config = config
+        hidden, width, address, heads = config.n_embd, config.mem_width, config.address_columns, config.num_reads
+        if config.addressing == "lru":
+            self.embedding_scale = nn.Parameter(torch.empty(()))
+            self.write_address = nn.Linear(hidden, address, bias=False)
+            self.write_value = nn.Linear(hidden, width - address, bias=False)
+            self.write_key = nn.Linear(2 * hidden, address)
+            self.erase = nn.Linear(2 * hidden, width)
+            self.write_control = nn.Linear(2 * hidden, 3)  # write gate, allocation gate, strength of the content key
+            self.read_key = nn.Linear(hidden, heads * address, bias=False)
+            self.read_control = nn.Linear(hidden, 2 * heads)  # strength and gate of each head
+            self.read_projection = nn.Linear(heads * (width - address), hidden, bias=False)
+            return
+        self.write_key = nn.Linear(hidden, width)
+        self.write_value = nn.Linear(hidden, width)
+        self.erase = nn.Linear(hidden, width)
+        self.read_key = nn.Linear(hidden, heads * width)
+        self.read_projection = nn.Linear(heads * width, hidden)
+        if config.addressing == "simplified":
+            self.temperature = nn.Parameter(torch.empty(()))
+            self.write_control = nn.Linear(hidden, 1)  # write gate
+            return
+        self.write_control = nn.Linear(hidden, 3)  # write gate, allocation gate, strength of the content key
+        # Of each head: strength, free gate, then read modes and link sharpness where links exist.
+        self.read_control_sizes = [1, 1] + ([3] if config.temporal_links else [])
+        self.read_control_sizes += [2] if config.temporal_links and config.sharpen_links else []
+        self.read_control = nn.Linear(hidden, heads * sum(self.read_control_sizes))
+        if config.masked_content:
+            self.content_masks = nn.Linear(hidden, (1 + heads) * width)  # of the write key, then of each read key
+
+    def initial_state(self, batch_size: int, device: torch.device, dtype: torch.dtype = torch.float32) -> MemoryState:
+        """The empty memory of `batch_size` new documents."""
+        shapes = self._state_shapes(batch_size)
+        zeros = {name: shape and torch.zeros(shape, device=device, dtype=dtype) for name, shape in shapes.items()}
+        return MemoryState(**zeros)._replace(started=torch.zeros(batch_size, device=device, dtype=torch.bool))
+
+    def _state_shapes(self, batch_size: int) -> dict[str, tuple[int, ...] | None]:
+        config = self.config
+        slots, heads = config.mem_slots, config.num_reads
+        links = config.addressing == "dnc" and config.temporal_links
+        return {
+            "memory": (batch_size, slots, config.mem_width),
+            "usage": (batch_size, slots),
+            "write_weights": (batch_size, slots),
+            "read_weights": (batch_size, heads, slots),
+            "link": (batch_size, slots, slots) if links else None,
+            "precedence": (batch_size, slots) if links else None,
+            "previous_hidden": (batch_size, config.n_embd),
+            "started": (batch_size,),
+        }
+
+    def check_state(self, state: MemoryState, batch_size: int) -> None:
+        """Raise a ValueError that names the field where `state` does not fit this memory and batch."""
+        for name, shape in self._state_shapes(batch_size).items():
+            tensor = getattr(state, name)
+            found = None if tensor is None else tuple(tensor.shape)
+            if found != shape:
+                raise ValueError(
+                    f"memory_state.{name} has shape {found}, but this model and batch need {shape}: pass the state "
+                    "that the same model returned for the same rows, or None for an empty memory."
+                )
+        if state.started.dtype != torch.bool:
+            raise ValueError(f"memory_state.started must be of dtype torch.bool, not {state.started.dtype}.")
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        token_embeddings: Tensor,
+        state: MemoryState | None = None,
+        mask: Tensor | None = None,
+        reset: Tensor | None = None,
+    ) -> MemoryOutput:
+        """Write and read once a token.
+
+        Args:
+            hidden_states: the backbone's final hidden states [B, T, H].
+            token_embeddings: embeddings of the tokens without position [B, T, H].
+            state: the state before the first token; `None` is an empty memory.
+            mask: [B, T] bool, real tokens; the others leave the state bit-equal and read zero.
+            reset: [B, T] bool, tokens before which the memory is emptied.
+
+        The recurrence computes in at least float32, whatever the dtype outside.
+        """
+        batch = hidden_states.shape[0]
+        dtype = torch.promote_types(hidden_states.dtype, torch.float32)
+        if state is None:
+            state = self.initial_state(batch, hidden_states.device, dtype)
+        else:
+            self.check_state(state, batch)
+            state = state.to(device=hidden_states.device, dtype=dtype)
+        if reset is not None:
+            reset = reset if mask is None else reset & mask
+        previous, has_previous, last_hidden, started = self._previous_hidden(hidden_states, state, mask, reset)
+        if self.config.addressing == "lru":
+            interface, read_gates = self._lru_interface(hidden_states, token_embeddings, previous, has_previous)
+        elif self.config.addressing == "dnc":
+            interface, read_gates = self._dnc_interface(hidden_states), None
+        else:
+            interface, read_gates = self._simplified_interface(hidden_states), None
+        interface = MemoryInterface(*(None if x is None else x.to(dtype) for x in interface))
+        interface = interface._replace(mask=mask, reset=reset)
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            output = fused_scan(interface, state, self.config)
+            output = recurrence(interface, state, self.config) if output is None else ScanOutput(*output)
+        state = output.state._replace(previous_hidden=last_hidden.to(dtype), started=started)
+        reads = output.reads
+        if read_gates is not None:
+            reads = reads[..., self.config.address_columns :] * read_gates[..., None]
+        read_hidden = self.read_projection(reads.flatten(2).to(hidden_states.dtype))
+        return MemoryOutput(read_hidden, interface.write_gates, output.write_weights, output.read_weights, state)
+
+    def _previous_hidden(
+        self, hidden: Tensor, state: MemoryState, mask: Tensor | None, reset: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Hidden state of the previous real token of the same document, whether there is one, and the last of all.
+
+        Returns: previous [B, T, H] (zero where there is none), has_previous [B, T], last [B, H], started [B].
+        """
+        batch, tokens, _ = hidden.shape
+        stored = state.previous_hidden.to(hidden.dtype)[:, None]
+        history = torch.cat([torch.where(state.started[:, None, None], stored, 0.0), hidden], dim=1)
+        if mask is None and reset is None:
+            ones = torch.ones(batch, tokens, dtype=torch.bool, device=hidden.device)
+            return history[:, :-1], torch.cat([state.started[:, None], ones[:, 1:]], 1), history[:, -1], ones[:, 0]
+        # Index 0 stands for the state, index t + 1 for token t.
+        index = torch.arange(tokens + 1, device=hidden.device).expand(batch, -1)
+        real = index[:, 1:] if mask is None else torch.where(mask, index[:, 1:], 0)
+        latest = torch.cat([index[:, :1], real], 1).cummax(dim=1).values
+        previous = latest[:, :-1]
+        has_previous = (previous > 0) | state.started[:, None]
+        if reset is not None:
+            latest_reset = torch.where(reset, index[:, 1:], 0).cummax(dim=1).values
+            has_previous = has_previous & (latest_reset <= previous)
+        gathered = history.gather(1, previous[..., None].expand(-1, -1, hidden.shape[-1]))
+        last = latest[:, -1]
+        last_hidden = history[torch.arange(batch, device=hidden.device), last]
+        previous_hidden = torch.where(has_previous[..., None], gathered, 0.0)
+        return previous_hidden, has_previous, last_hidden, (last > 0) | state.started
+
+    def _lru_interface(
+        self, hidden: Tensor, embeddings: Tensor, previous: Tensor, has_previous: Tensor
+    ) -> tuple[MemoryInterface, Tensor]:
+        config = self.config
+        if not config.token_shift:
+            previous, has_previous = hidden, torch.ones_like(has_previous)
+        token = self.embedding_scale * F.normalize(embeddings, dim=-1)
+        control = torch.cat([previous, token.to(previous.dtype)], dim=-1)
+        write_gate, allocation_gate, strength = self.write_control(control).unbind(-1)
+        address = F.normalize(self.write_address(previous), dim=-1)
+        read_strength, read_gate = self.read_control(hidden).unflatten(-1, (2, config.num_reads)).unbind(-2)
+        interface = MemoryInterface(
+            write_keys=F.normalize(self.write_key(control), dim=-1),
+            write_strengths=one_plus(strength),
+            write_vectors=torch.cat([address, self.write_value(token)], dim=-1),
+            erase_vectors=torch.sigmoid(self.erase(control)),
+            write_gates=torch.sigmoid(write_gate) * has_previous,  # a document's first token writes nothing
+            allocation_gates=torch.sigmoid(allocation_gate),
+            read_keys=F.normalize(self._per_head(self.read_key(hidden)), dim=-1),
+            read_strengths=one_plus(read_strength),
+        )
+        return interface, torch.sigmoid(read_gate)
+
+    def _dnc_interface(self, hidden: Tensor) -> MemoryInterface:
+        config = self.config
+        write_gate, allocation_gate, strength = self.write_control(hidden).unbind(-1)
+        controls = self._per_head(self.read_control(hidden)).split(self.read_control_sizes, dim=-1)
+        read_strength, free_gate, *links = controls
+        masks = torch.sigmoid(self.content_masks(hidden)) if config.masked_content else None
+        return MemoryInterface(
+            write_keys=self.write_key(hidden),
+            write_strengths=one_plus(strength),
+            write_vectors=self.write_value(hidden),
+            erase_vectors=torch.sigmoid(self.erase(hidden)),
+            write_gates=torch.sigmoid(write_gate),
+            allocation_gates=torch.sigmoid(allocation_gate),
+            read_keys=self._per_head(self.read_key(hidden)),
+            read_strengths=one_plus(read_strength.squeeze(-1)),
+            free_gates=torch.sigmoid(free_gate.squeeze(-1)),
+            read_modes=torch.softmax(links[0], dim=-1) if links else None,
+            write_masks=None if masks is None else masks[..., : config.mem_width],
+            read_masks=None if masks is None else self._per_head(masks[..., config.mem_width :]),
+            link_sharpness=one_plus(links[1]) if len(links) > 1 else None,
+        )
+
+    def _simplified_interface(self, hidden: Tensor) -> MemoryInterface:
+        heads = self.config.num_reads
+        return MemoryInterface(
+            write_keys=self.write_key(hidden),
+            write_strengths=self.temperature.expand(hidden.shape[:2]),
+            write_vectors=self.write_value(hidden),
+            erase_vectors=torch.sigmoid(self.erase(hidden)),
+            write_gates=torch.sigmoid(self.write_control(hidden)).squeeze(-1),
+            read_keys=self._per_head(self.read_key(hidden)),
+            read_strengths=self.temperature.expand(*hidden.shape[:2], heads),
+        )
+
+    def _per_head(self, x: Tensor) -> Tensor:
+        """[B, T, R * K] -> [B, T, R, K]."""
+        return x.unflatten(-1, (self.config.num_reads, -1))
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Start values; `"lru"` starts as a working cache: each token stored under the context that preceded it."""
+        config = self.config
+        for linear in self.children():  # every child is a linear map
+            init.normal_(linear.weight, std=config.initializer_range)
+            if linear.bias is not None:
+                init.zeros_(linear.bias)
+        if config.addressing == "simplified":
+            init.constant_(self.temperature, 2.0)
+        if config.addressing == "lru":
+            init.constant_(self.embedding_scale, 8.0)
+            for linear in (self.write_address, self.write_value):
+                init.orthogonal_(linear.weight)
+            init.copy_(self.read_key.weight, self.write_address.weight.repeat(config.num_reads, 1))
+            for linear in (self.write_control, self.read_control, self.erase):
+                init.zeros_(linear.weight)
+            biases = [config.write_gate_bias, config.allocation_gate_bias, 3.0]
+            init.copy_(self.write_control.bias, torch.tensor(biases))
+            strengths = torch.tensor(config.initial_read_strengths)
+            gates = torch.full_like(strengths, config.read_gate_bias)
+            init.copy_(self.read_control.bias, torch.cat([torch.log(torch.expm1(strengths - 1)), gates]))
+            init.constant_(self.erase.bias, config.erase_gate_bias)
+        if config.initial_read_projection == "transpose":
+            transposed = self.write_value.weight.mT.repeat(1, config.num_reads) / config.num_reads
+            init.copy_(self.read_projection.weight, transposed)
+        elif config.initial_read_projection == "zero":
+            init.zeros_(self.read_projection.weight)
+
+
+def one_plus(x: Tensor) -> Tensor:
+    """1 + softplus(x): a strength of at least 1."""
+    return 1 + F.softplus(x)
