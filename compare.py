@@ -1,0 +1,90 @@
+"""Compare saved checkpoints side by side on one validation split.
+
+    python compare.py runs/embedded/baseline runs/embedded/dnc
+
+Checkpoints that train.py saved know their data; name a split with the data options to use another.
+"""
+
+import sys
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import datasets
+from accelerate import Accelerator
+
+from dnc_gpt2.comparison import compare_checkpoints, printed
+from dnc_gpt2.data import DataArguments
+from dnc_gpt2.options import parse, recall_run
+
+
+@dataclass
+class CompareArguments:
+    """Options of the comparison itself."""
+
+    output_dir: str = field(default="runs/comparison", metadata={"help": "Folder for the results."})
+    reference: str | None = field(
+        default=None, metadata={"help": "Checkpoint that changes are measured against; by default the first."}
+    )
+    batch_size: int = field(default=8, metadata={"help": "Examples at a time where no memory is carried."})
+    mixed_precision: str = field(
+        default="no", metadata={"help": "no, fp16 or bf16.", "choices": ["no", "fp16", "bf16"]}
+    )
+    use_cpu: bool = field(default=False, metadata={"help": "Do not use an accelerator."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that a checkpoint brings along."})
+    overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace earlier results."})
+
+
+def main(arguments: list[str] | None = None) -> dict[str, Any]:
+    """Compare; returns the comparison."""
+    extra = {
+        "checkpoints": {"nargs": "+", "help": "Folders or hub names of two or more causal language models."},
+        "--inspect": {"nargs": "*", "default": [], "help": "Texts whose memory writes are shown."},
+    }
+    options, data, lists = parse((CompareArguments, DataArguments), arguments, extra=extra)
+    run = recall_run(lists.checkpoints[0])
+    if run is not None:
+        options, data, lists = parse((CompareArguments, DataArguments), arguments, extra=extra, defaults=run["data"])
+    accelerator = Accelerator(mixed_precision=options.mixed_precision, cpu=options.use_cpu)
+    quiet = not sys.stderr.isatty() or not accelerator.is_main_process
+    if quiet:
+        datasets.disable_progress_bars()
+    results = Path(options.output_dir) / "comparison.json"
+    if results.exists() and not options.overwrite_output_dir:
+        sys.exit(f"compare.py: {results} already exists; choose another --output_dir or add --overwrite_output_dir.")
+    checkpoints = named(lists.checkpoints)
+    if options.reference is not None:
+        if options.reference not in lists.checkpoints and options.reference not in checkpoints:
+            sys.exit(f"compare.py: --reference {options.reference} is none of {', '.join(lists.checkpoints)}.")
+        # A stable sort that puts the reference first.
+        checkpoints = dict(sorted(checkpoints.items(), key=lambda item: options.reference not in item))
+    comparison = compare_checkpoints(
+        checkpoints,
+        data,
+        options.output_dir,
+        accelerator=accelerator,
+        batch_size=options.batch_size,
+        seed=run["seed"] if run else None,
+        inspect=lists.inspect,
+        trust_remote_code=options.trust_remote_code,
+        progress=not quiet,
+    )
+    if accelerator.is_main_process:
+        print(printed(comparison))
+        print(f"\n  Everything is in {options.output_dir}/")
+    return comparison
+
+
+def named(checkpoints: list[str]) -> dict[str, str]:
+    """Name -> checkpoint: the folder's name, or the whole path where several folders share it."""
+    last = [Path(path).name or path for path in checkpoints]
+    counts = Counter(last)
+    names = [name if counts[name] == 1 else path for name, path in zip(last, checkpoints, strict=True)]
+    if len(set(names)) < len(names):
+        sys.exit(f"compare.py: a checkpoint is named twice in {' '.join(checkpoints)}; name each once.")
+    return dict(zip(names, checkpoints, strict=True))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,181 @@
+"""One pass of a model over a split: numbers for every scored token, and the metrics that follow from them."""
+
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from .data import EMPTY, IGNORED, ExampleDataset, collate, evaluation_rows
+from .metrics import LanguageModelMetrics, MemoryMetrics
+from .models import backbone_inputs, has_memory
+
+LANGUAGE_MODEL_COLUMNS = tuple(LanguageModelMetrics.columns)
+MEMORY_COLUMNS = tuple(MemoryMetrics.columns)
+TOKENS_PER_CHUNK = 512
+"""Tokens whose logits exist at a time: no [B, T, V] tensor is built."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Result of one pass: one number a target in text order, [targets] a column, and the time it took."""
+
+    columns: dict[str, np.ndarray]
+    seconds: float
+
+    def metrics(self, num_bytes: int | None = None, num_words: int | None = None) -> dict[str, float]:
+        """Token-weighted metrics of the split; the memory's only for a model that has one."""
+        columns = {name: self.columns[name] for name in LANGUAGE_MODEL_COLUMNS}
+        metrics = LanguageModelMetrics().compute(**columns, num_bytes=num_bytes, num_words=num_words)
+        if MEMORY_COLUMNS[0] in self.columns:
+            metrics |= MemoryMetrics().compute(**{name: self.columns[name] for name in MEMORY_COLUMNS})
+        return metrics | {"tokens_per_second": len(self.columns["nll"]) / self.seconds}
+
+
+def prediction_columns(logits: Tensor, targets: Tensor, base_logits: Tensor | None = None) -> dict[str, Tensor]:
+    """What is measured of each prediction.
+
+    Args: logits [M, V], targets [M], base_logits [M, V] without the memory's read.
+    Returns: columns [M] of `LanguageModelMetrics`, and `memory_kl` (nats) with `base_logits`.
+    """
+    log_probabilities = F.log_softmax(logits.float(), dim=-1)
+    correct = log_probabilities.gather(-1, targets[:, None])
+    # Of equal logits the lower token id comes first, as in argmax.
+    ids = torch.arange(logits.shape[-1], device=logits.device)
+    better = (log_probabilities > correct) | ((log_probabilities == correct) & (ids < targets[:, None]))
+    probabilities = log_probabilities.exp()
+    columns = {
+        "nll": -correct.squeeze(-1),
+        "rank": 1 + better.sum(-1),
+        "confidence": correct.exp().squeeze(-1),
+        # A probability of 0 counts 0, also where its logarithm is infinite.
+        "entropy": -(probabilities * log_probabilities.clamp_min(torch.finfo(torch.float32).min)).sum(-1),
+    }
+    if base_logits is not None:
+        columns["memory_kl"] = memory_divergence(logits, base_logits)
+    return columns
+
+
+def memory_divergence(logits: Tensor, base_logits: Tensor) -> Tensor:
+    """KL(p_memory || p_no_memory) in nats from logits [M, V] with and without the memory's read: [M]."""
+    logits, base_logits = (F.log_softmax(x.float(), dim=-1) for x in (logits, base_logits))
+    return F.kl_div(base_logits, logits, reduction="none", log_target=True).sum(-1)
+
+
+def write_sparsity(write_weights: Tensor) -> Tensor:
+    """1 - H(w / sum w) / log N of write weights [..., N]; 1 for a single slot."""
+    slots = write_weights.shape[-1]
+    if slots == 1:
+        return torch.ones_like(write_weights[..., 0])
+    return 1 - write_entropy(write_weights) / np.log(slots)
+
+
+def write_entropy(write_weights: Tensor) -> Tensor:
+    """Entropy (nats) of w / sum w for write weights [..., N]; 0 where sum w < 1e-6."""
+    total = write_weights.sum(-1, keepdim=True)
+    written = total >= 1e-6
+    share = torch.where(written, write_weights / torch.where(written, total, 1.0), 0.0)
+    # The logarithm is bounded so that a share of 0 has a finite gradient.
+    return -(share * share.clamp_min(torch.finfo(share.dtype).tiny).log()).sum(-1)
+
+
+class Runner:
+    """Runs a model over batches in text order and hands its memory on."""
+
+    def __init__(self, model: PreTrainedModel):
+        self.model, self.state = model, None
+        self.memory = has_memory(model)
+
+    def __call__(self, batch: dict[str, Tensor], carry_memory: bool) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
+        """Final hidden states [B, X, H] with and without the read, and the memory's columns [B, X]."""
+        if not self.memory:
+            inputs = backbone_inputs(self.model, batch)["input_ids"]
+            hidden = self.model.transformer(inputs, use_cache=False).last_hidden_state
+            return hidden.reshape(*batch["input_ids"].shape, -1), None, {}
+        outputs = self.model.transformer(
+            batch["input_ids"],
+            attention_mask=batch["attention_mask"],
+            memory_reset=batch["memory_reset"],
+            memory_state=self.state if carry_memory else None,
+            output_memory=True,
+            use_cache=False,
+        )
+        self.state = outputs.memory_state
+        columns = {"write_gate": outputs.write_gates, "write_sparsity": write_sparsity(outputs.write_weights)}
+        return outputs.last_hidden_state, outputs.base_hidden_state, columns
+
+
+@torch.no_grad()
+def evaluate(
+    model: PreTrainedModel,
+    dataset: ExampleDataset,
+    *,
+    carry_memory: bool = False,
+    streams: int = 4,
+    batch_size: int = 8,
+    rank: int = 0,
+    world_size: int = 1,
+    gather: Callable[[Tensor], Tensor] | None = None,
+    autocast: Callable = nullcontext,
+    description: str = "Evaluating",
+    progress: bool = True,
+) -> Evaluation:
+    """Score every target of `dataset` once.
+
+    Args:
+        carry_memory: read the split as `streams` contiguous streams (those of `dataset`) whose memory state passes from
+            example to example; otherwise every example starts with an empty memory.
+        batch_size: examples at a time without carried memory.
+        rank, world_size, gather: with several processes each scores its part, and `gather` sums a tensor over them.
+        autocast: context manager for the forward passes.
+        progress: show a progress bar.
+    """
+    was_training = model.training
+    model.eval()
+    device = next(model.parameters()).device
+    names = LANGUAGE_MODEL_COLUMNS + (MEMORY_COLUMNS if has_memory(model) else ())
+    results = torch.zeros(len(names), dataset.num_targets, dtype=torch.float64)
+    runner = Runner(model)
+    steps = list(evaluation_rows(len(dataset), streams if carry_memory else None, batch_size))
+    start = time.perf_counter()
+    for step in tqdm(steps, desc=description, leave=False, disable=not progress):
+        rows = step[rank::world_size]
+        if all(row == EMPTY for row in rows):
+            continue
+        batch = {name: x.to(device) for name, x in collate([dataset[row] for row in rows]).items()}
+        targets = batch["shift_labels"]
+        scored = targets != IGNORED
+        with autocast():
+            hidden, base_hidden, columns = runner(batch, carry_memory)
+            columns = {name: column[scored] for name, column in columns.items()}
+            base_hidden = None if base_hidden is None else base_hidden[scored]
+            columns |= _predictions(model.lm_head, hidden[scored], targets[scored], base_hidden)
+        places = torch.cat([torch.arange(*dataset.target_range(row)) for row in rows])
+        for name, column in columns.items():
+            results[names.index(name), places] = column.double().cpu()
+    seconds = time.perf_counter() - start
+    if gather is not None:
+        results = gather(results.to(device)).cpu()
+        seconds = float(gather(torch.tensor(seconds, device=device))) / world_size
+    model.train(was_training)
+    columns = {name: results[i].numpy() for i, name in enumerate(names)}
+    columns["rank"] = columns["rank"].astype(np.int64)
+    return Evaluation(columns, seconds)
+
+
+def _predictions(
+    lm_head: torch.nn.Module, hidden: Tensor, targets: Tensor, base_hidden: Tensor | None
+) -> dict[str, Tensor]:
+    """`prediction_columns` of hidden states [M, H], a chunk of tokens at a time."""
+    chunks = []
+    for start in range(0, len(targets), TOKENS_PER_CHUNK):
+        part = slice(start, start + TOKENS_PER_CHUNK)
+        base_logits = None if base_hidden is None else lm_head(base_hidden[part])
+        chunks.append(prediction_columns(lm_head(hidden[part]), targets[part], base_logits))
+    return {name: torch.cat([chunk[name] for chunk in chunks]) for name in (chunks[0] if chunks else ())}

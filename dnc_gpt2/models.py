@@ -1,0 +1,118 @@
+"""Making, loading and running the two kinds of model that are compared: a stock GPT-2 and one with a memory."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedModel
+
+from configuration_dnc_gpt2 import DNCGPT2Config
+from modeling_dnc_gpt2 import DNCGPT2LMHeadModel
+
+
+def has_memory(model: PreTrainedModel) -> bool:
+    """Whether the model is GPT-2 with a memory, from whichever copy of its code it was loaded."""
+    return model.config.model_type == DNCGPT2Config.model_type
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Number of parameters, tied ones counted once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def window_size(model: PreTrainedModel, example_length: int) -> int:
+    """Attention window of a model on examples of so many tokens.
+
+    Raises:
+        ValueError: the window does not divide the example.
+    """
+    window = min(model.config.n_positions, example_length)
+    if example_length % window:
+        raise ValueError(
+            f"An example of {example_length} tokens (seq_len x windows_per_example) is not a multiple of the model's "
+            f"attention window n_positions={window}: choose seq_len={window}."
+        )
+    return window
+
+
+def backbone_inputs(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Inputs for a plain GPT-2 from a batch [B, X]: its attention windows as rows of their own, [B * windows, window].
+
+    Padding stands at the end of a row, where no real token looks at it, so that no mask is needed.
+    """
+    window = window_size(model, batch["input_ids"].shape[1])
+    return {name: batch[name].reshape(-1, window) for name in ("input_ids", "labels", "shift_labels")}
+
+
+def new_models(
+    config: DNCGPT2Config, kinds: list[str], seed: int, pretrained: str | None = None
+) -> dict[str, PreTrainedModel]:
+    """The models of the given kinds (`"baseline"`, `"dnc"`), their backbones bit-equal.
+
+    Args:
+        config: of the model with memory; the baseline takes its GPT-2 part.
+        seed: of the initial weights; the memory's do not disturb the backbone's.
+        pretrained: name or folder of a GPT-2 checkpoint to start from, cut to `config.n_positions`.
+    """
+    plain = GPT2Config(**{name: getattr(config, name) for name in _gpt2_fields(config)})
+    torch.manual_seed(seed)
+    if pretrained is None:
+        baseline = GPT2LMHeadModel(plain)
+    else:
+        baseline = load_model(pretrained)
+        if has_memory(baseline):
+            raise ValueError(f"{pretrained} already has a memory: start from a plain GPT-2 checkpoint.")
+        shorten_positions(baseline, config.n_positions)
+    models: dict[str, PreTrainedModel] = {"baseline": baseline} if "baseline" in kinds else {}
+    if "dnc" in kinds:
+        torch.manual_seed(seed)
+        models["dnc"] = DNCGPT2LMHeadModel(config)
+        models["dnc"].load_state_dict(baseline.state_dict(), strict=False)
+    return models
+
+
+def _gpt2_fields(config: DNCGPT2Config) -> list[str]:
+    saved = config.to_dict()
+    return [name for name in GPT2Config().to_dict() if name in saved and name not in ("model_type", "architectures")]
+
+
+def shorten_positions(model: PreTrainedModel, n_positions: int) -> None:
+    """Give a GPT-2 a shorter attention window by dropping its later position embeddings.
+
+    Raises:
+        ValueError: the window would be longer than the model's.
+    """
+    old = model.transformer.wpe
+    if n_positions > old.num_embeddings:
+        raise ValueError(f"seq_len={n_positions} exceeds the attention window {old.num_embeddings} of the checkpoint.")
+    if n_positions < old.num_embeddings:
+        model.transformer.wpe = nn.Embedding.from_pretrained(old.weight[:n_positions].detach().clone(), freeze=False)
+        model.config.n_positions = n_positions
+
+
+def load_model(name_or_path: str, trust_remote_code: bool = False) -> PreTrainedModel:
+    """Load a causal language model; checkpoints of this project need no remote code.
+
+    Raises:
+        ValueError: there is no loadable model; the message names the folder and the remedy.
+    """
+    folder = Path(name_or_path)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        inner = sorted(path.parent.name for path in folder.glob("*/config.json"))
+        hint = f" It holds {inner}: name one of these." if inner else " Name a folder that save_pretrained wrote."
+        raise ValueError(f"{name_or_path} is not a checkpoint: it has no config.json.{hint}")
+    if folder.is_file():
+        raise ValueError(f"{name_or_path} is a file; name the checkpoint's folder.")
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            name_or_path, trust_remote_code=trust_remote_code, use_safetensors=True
+        )
+    except (OSError, SafetensorError, RuntimeError, ValueError, KeyError) as error:
+        remedy = (
+            "the folder needs config.json and model.safetensors as save_pretrained writes them"
+            if folder.is_dir()
+            else "it is no local folder, and the hub did not give it: check the name and the connection"
+        )
+        raise ValueError(f"No model could be loaded from {name_or_path} ({error}): {remedy}.") from error

@@ -1,0 +1,135 @@
+"""Command-line options of the scripts: dataclasses, a YAML file of defaults, and what a run remembers of them."""
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import HfArgumentParser
+
+from configuration_dnc_gpt2 import DNCGPT2Config
+
+from . import report
+from .data import DataArguments
+
+RUN_FILE = "run.json"
+DATA_SOURCES = ("dataset_name", "dataset_config_name", "train_file", "validation_file")
+DATA_FLAGS = tuple(f"--{name}" for name in DATA_SOURCES)
+
+
+@dataclass
+class ModelArguments:
+    """Sizes of both models and options of the memory; `DNCGPT2Config` says what each means."""
+
+    model: str = field(default="both", metadata={"help": "What to train.", "choices": ["both", "baseline", "dnc"]})
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "GPT-2 checkpoint to start both models from; its sizes replace those below."}
+    )
+    hidden_size: int = field(default=768, metadata={"help": "Width of the backbone (n_embd)."})
+    num_layers: int = field(default=6, metadata={"help": "Transformer layers (n_layer)."})
+    num_heads: int = field(default=8, metadata={"help": "Attention heads (n_head)."})
+    dropout: float = field(default=0.1, metadata={"help": "Dropout of the backbone."})
+    mem_slots: int = field(default=64, metadata={"help": "Memory rows N."})
+    mem_width: int = field(default=128, metadata={"help": "Width W of a memory row."})
+    num_reads: int = field(default=4, metadata={"help": "Read heads R."})
+    addressing: str = field(default="lru", metadata={"help": "lru, dnc or simplified."})
+    address_width: int | None = field(default=None, metadata={"help": "Address columns of a row (lru)."})
+    token_shift: bool = field(default=True, metadata={"help": "Store a token under the context before it (lru)."})
+    usage_decay: float = field(default=0.99, metadata={"help": "Factor that usage shrinks by at every token (lru)."})
+    read_refresh: float = field(default=0.0, metadata={"help": "Share of a read that counts as use (lru)."})
+    write_gate_bias: float = field(default=2.0, metadata={"help": "Initial logit of the write gate (lru)."})
+    allocation_gate_bias: float = field(default=6.0, metadata={"help": "Initial logit of the allocation gate (lru)."})
+    erase_gate_bias: float = field(default=4.0, metadata={"help": "Initial logit of the erase gates (lru)."})
+    read_gate_bias: float = field(default=-1.0, metadata={"help": "Initial logit of the read gates (lru)."})
+    read_strength_init: float | None = field(default=None, metadata={"help": "Initial read strength (lru)."})
+    read_projection_init: str | None = field(default=None, metadata={"help": "transpose, zero or normal."})
+    temporal_links: bool = field(default=True, metadata={"help": "Temporal links (dnc)."})
+    masked_content: bool = field(default=False, metadata={"help": "Masked content addressing (dnc)."})
+    erase_on_free: bool = field(default=False, metadata={"help": "Erase freed rows (dnc)."})
+    sharpen_links: bool = field(default=False, metadata={"help": "Sharpen the reads along links (dnc)."})
+    scan: str = field(default="auto", metadata={"help": "Implementation of the recurrence: auto, eager or numba."})
+
+    @property
+    def kinds(self) -> list[str]:
+        """The models to train, in order."""
+        return ["baseline", "dnc"] if self.model == "both" else [self.model]
+
+    def memory_options(self) -> dict[str, Any]:
+        """The arguments of `DNCGPT2Config` that describe the memory."""
+        known = {f.name for f in fields(DNCGPT2Config)}
+        return {name: value for name, value in asdict(self).items() if name in known}
+
+
+def parse(
+    dataclasses: Sequence[type],
+    arguments: Sequence[str] | None = None,
+    default_config: Path | None = None,
+    extra: Mapping[str, Any] | None = None,
+    defaults: Mapping[str, Any] | None = None,
+) -> tuple[Any, ...]:
+    """Read options: the command line over a YAML file (`--config`) over defaults.
+
+    Args:
+        dataclasses: as for `HfArgumentParser`.
+        arguments: the command line, by default the process's own.
+        default_config: YAML file to read where the command line names neither `--config` nor any data.
+        extra: further arguments of the parser, name -> keywords of `add_argument`.
+
+        defaults: option -> value in place of the dataclasses' defaults. Where the command line names data, what
+            these say of where the data come from does not count.
+
+    Returns:
+        An object of each dataclass, then a namespace of the extra arguments if there are any.
+
+    An unknown option, in either place, and a value that is not allowed end the process with a message.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    parser = HfArgumentParser(dataclasses, allow_abbrev=False)
+    parser.add_argument("--config", help="YAML file of defaults for these options.")
+    for name, keywords in (extra or {}).items():
+        parser.add_argument(name, **keywords)
+    first_look = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first_look.add_argument("--config")
+    config = first_look.parse_known_args(arguments)[0].config
+    data_named = any(argument.split("=")[0] in DATA_FLAGS for argument in arguments)
+    if config is None and not data_named:
+        config = default_config
+    parser.set_defaults(
+        **{name: value for name, value in (defaults or {}).items() if not (data_named and name in DATA_SOURCES)}
+    )
+    if config is not None:
+        options = _read_yaml(parser, Path(config))
+        unknown = sorted(set(options) - {action.dest for action in parser._actions})
+        if unknown:
+            parser.error(f"{config} has unknown options: {', '.join(unknown)}")
+        parser.set_defaults(**options)
+    try:
+        *objects, rest = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
+    except (ValueError, TypeError) as error:
+        parser.error(str(error))
+    return (*objects, rest) if extra else tuple(objects)
+
+
+def _read_yaml(parser: argparse.ArgumentParser, path: Path) -> dict[str, Any]:
+    try:
+        options = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        parser.error(f"--config {path} cannot be read: {error}")
+    if not isinstance(options, dict):
+        parser.error(f"--config {path} must hold lines of the form `option: value`.")
+    return options
+
+
+def remember_run(folder: Path, data: DataArguments, seed: int) -> None:
+    """Write into a checkpoint what data it was trained on, so that comparing it needs no options."""
+    report.write_text(folder / RUN_FILE, report.to_json({"data": asdict(data), "seed": seed}))
+
+
+def recall_run(folder: str) -> dict[str, Any] | None:
+    """What `remember_run` wrote into a checkpoint; `None` where it wrote nothing."""
+    path = Path(folder) / RUN_FILE
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None

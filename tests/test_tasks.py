@@ -1,0 +1,170 @@
+"""The embedded corpus: what it promises its readers, and how recall is counted."""
+
+import re
+from collections import Counter
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from tokenizers import ByteLevelBPETokenizer
+
+from dnc_gpt2.tasks import (
+    NAMES,
+    VALUES,
+    LocatedQuestion,
+    Question,
+    biographies,
+    locate,
+    recall,
+    recall_by_guessing,
+    window_distances,
+)
+
+MENTION = re.compile(r"(home|born|trade) ([A-Z]\w+) (\w+)")
+
+
+@pytest.fixture(scope="module")
+def text():
+    return biographies(40, seed=3)
+
+
+@pytest.fixture(scope="module")
+def tokenized(text):
+    """Token offsets of every document, and where each begins when one separator stands before each of them."""
+    tokenizer = ByteLevelBPETokenizer()
+    tokenizer.train_from_iterator(text.documents, vocab_size=1024, show_progress=False)
+    encodings = tokenizer.encode_batch(text.documents)
+    starts = np.cumsum([1] + [len(encoding.ids) + 1 for encoding in encodings])
+    return [encoding.offsets for encoding in encodings], starts[:-1].tolist(), int(starts[-1]) - 1
+
+
+def test_same_seed_same_text_and_other_seed_other_facts(text):
+    assert biographies(40, seed=3) == text
+    facts, other_facts = (
+        {(number, *fact) for number, document in enumerate(documents) for fact in MENTION.findall(document)}
+        for documents in (text.documents, biographies(40, seed=4).documents)
+    )
+    assert len(facts & other_facts) < len(facts) / 20
+
+
+def test_every_repeated_mention_is_a_question_about_its_latest_mention(text):
+    """Independent reading of the text finds the same questions."""
+    expected = []
+    for number, document in enumerate(text.documents):
+        latest = {}
+        for match in MENTION.finditer(document):
+            kind, name, value = match.groups()
+            if (kind, name) in latest:
+                assert latest[kind, name][0] == value
+                expected.append(Question(number, match.start(3), match.end(3), latest[kind, name][1], kind, value))
+            latest[kind, name] = value, match.end(3)
+    assert text.questions == expected
+
+
+def test_people_of_neighbouring_documents_differ_and_all_facts_are_stated(text):
+    casts = []
+    for document in text.documents:
+        mentions = MENTION.findall(document)
+        casts.append({name for _, name, _ in mentions})
+        assert len(set(mentions)) == len(casts[-1]) * len(VALUES)
+    assert all(len(cast) == 7 and cast <= set(NAMES) for cast in casts)
+    assert not any(before & after for before, after in pairwise(casts))
+
+
+def test_values_are_told_by_nothing_but_the_text():
+    """Over many documents a name goes with every value about equally often."""
+    counts = Counter()
+    for document in biographies(300, seed=0).documents:
+        counts.update({value for kind, name, value in MENTION.findall(document) if (kind, name) == ("trade", NAMES[0])})
+    assert max(counts.values()) / counts.total() < 0.25
+
+
+def test_facts_come_back_after_zero_to_eight_windows_of_32_tokens(text, tokenized):
+    offsets, starts, length = tokenized
+    distances = window_distances(locate(text.questions, offsets, starts), np.arange(length) // 32)
+    share = np.bincount(distances, minlength=9)[:9] / len(distances)
+    assert (share[:8] > 0.04).all() and share[8] > 0.02 and share.sum() > 0.95
+
+
+def test_a_small_tokenizer_makes_every_answer_one_token(text, tokenized):
+    offsets, starts, _ = tokenized
+    assert all(q.answer_end - q.answer_start == 1 for q in locate(text.questions, offsets, starts))
+
+
+@pytest.mark.parametrize("trim_offsets", [False, True])
+@pytest.mark.parametrize("vocab_size", [300, 1024])
+def test_located_tokens_spell_the_answers(text, trim_offsets, vocab_size):
+    tokenizer = ByteLevelBPETokenizer(trim_offsets=trim_offsets)
+    tokenizer.train_from_iterator(text.documents, vocab_size=vocab_size, show_progress=False)
+    encodings = tokenizer.encode_batch(text.documents)
+    starts = np.cumsum([0] + [len(encoding.ids) for encoding in encodings])[:-1].tolist()
+    ids = [token for encoding in encodings for token in encoding.ids]
+    located = locate(text.questions, [encoding.offsets for encoding in encodings], starts)
+    for question in located[::7]:
+        assert tokenizer.decode(ids[question.answer_start : question.answer_end]).strip() == question.answer
+        length = question.answer_end - question.answer_start
+        stated = ids[question.statement + 1 - length : question.statement + 1]
+        assert tokenizer.decode(stated).strip() == question.answer
+        assert question.statement < question.answer_start
+
+
+def test_recall_counts_whole_answers_by_distance():
+    window_of = np.arange(20) // 4
+    questions = [
+        LocatedQuestion(3, 4, 1, "home", "a"),  # asked in window 0, stated there
+        LocatedQuestion(4, 5, 1, "home", "a"),  # predicted from token 3, still window 0
+        LocatedQuestion(5, 7, 1, "home", "b"),  # window 1, two tokens
+        LocatedQuestion(13, 14, 2, "born", "c"),  # window 3
+        LocatedQuestion(14, 15, 2, "born", "c"),
+    ]
+    ranks = np.ones(19, dtype=int)
+    ranks[[4 - 1, 6 - 1, 14 - 1]] = 2
+    assert recall(ranks, questions, window_of) == {
+        "recall_inside_window": 0.5,
+        "recall_outside_window": pytest.approx(1 / 3),
+        "recall_by_distance": {"1": 0.0, "3": 0.5},
+        "questions_inside_window": 2,
+        "questions_outside_window": 3,
+        "questions_by_distance": {"1": 1, "3": 2},
+    }
+
+
+def test_facts_of_another_stream_are_not_counted():
+    window_of, stream_of = np.arange(20) // 4, np.arange(20) // 8
+    questions = [LocatedQuestion(10, 11, 2, "home", "a"), LocatedQuestion(15, 16, 9, "home", "a")]
+    assert window_distances(questions, window_of, stream_of).tolist() == [-1, 1]
+    scores = recall(np.ones(19), questions, window_of, stream_of)
+    assert scores["recall_inside_window"] is None
+    assert scores["recall_outside_window"] == 1.0 and scores["questions_outside_window"] == 1
+
+
+def test_guessing_answers_with_the_most_frequent_candidate_of_each_kind():
+    window_of = np.arange(40) // 4
+    outside = [("home", "a"), ("home", "a"), ("home", "b"), ("born", "c"), ("born", "d")]
+    questions = [LocatedQuestion(20 + i, 21 + i, 1, *pair) for i, pair in enumerate(outside)]
+    assert recall_by_guessing(questions, window_of) == {"recall_inside_window": None, "recall_outside_window": 3 / 5}
+
+
+def test_guessing_on_the_corpus_is_far_from_knowing(text, tokenized):
+    offsets, starts, length = tokenized
+    levels = recall_by_guessing(locate(text.questions, offsets, starts), np.arange(length) // 32)
+    assert 0 < levels["recall_inside_window"] < 0.1 and 0 < levels["recall_outside_window"] < 0.1
+
+
+@pytest.mark.parametrize("arguments", [{"num_documents": 0}, {"people": 0}, {"people": 25}, {"rounds": 0}])
+def test_biographies_refuses_impossible_sizes(arguments):
+    (name,) = arguments
+    with pytest.raises(ValueError, match=rf"{name}={arguments[name]} is not allowed"):
+        biographies(**{"num_documents": 1, "seed": 0, **arguments})
+
+
+def test_locate_and_recall_refuse_inputs_that_do_not_belong_together(text, tokenized):
+    offsets, starts, length = tokenized
+    with pytest.raises(ValueError, match="39 document_starts"):
+        locate(text.questions, offsets, starts[:-1])
+    with pytest.raises(ValueError, match="only 1 documents"):
+        locate(text.questions, offsets[:1], starts[:1])
+    with pytest.raises(ValueError, match="end before"):
+        locate(text.questions, [document[:10] for document in offsets], starts)
+    with pytest.raises(ValueError, match="every token but the first"):
+        recall(np.ones(length), [], np.arange(length))

@@ -1,0 +1,226 @@
+"""Train a plain GPT-2 and a GPT-2 with memory under equal conditions, save both and compare them.
+
+Without options it trains both on the embedded corpus in a few minutes. `python train.py --help` lists the options.
+"""
+
+import copy
+import logging
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import datasets
+from transformers import PreTrainedTokenizerBase, set_seed
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import get_last_checkpoint
+
+from dnc_gpt2 import DNCGPT2Config
+from dnc_gpt2.card import model_card
+from dnc_gpt2.comparison import compare_checkpoints, evaluation_dataset, printed
+from dnc_gpt2.corpus import is_embedded, load_corpus
+from dnc_gpt2.data import (
+    DataArguments,
+    ExampleDataset,
+    load_tokenizer,
+    tokenize_texts,
+    train_tokenizer,
+)
+from dnc_gpt2.models import new_models
+from dnc_gpt2.options import ModelArguments, parse, remember_run
+from dnc_gpt2.report import write_text
+from dnc_gpt2.trainer import DNCTrainer, DNCTrainingArguments
+
+logger = logging.getLogger(__name__)
+
+EMBEDDED = Path(__file__).parent / "configs" / "embedded.yaml"
+
+
+def main(arguments: list[str] | None = None) -> dict[str, Any] | None:
+    """Run the whole job; returns the comparison."""
+    extra = {
+        "--inspect": {"nargs": "*", "default": [], "help": "Texts whose memory writes are shown."},
+        "--num_gpus": {"type": int, "help": "Start this many processes, one a GPU."},
+    }
+    model_arguments, data, training, options = parse(
+        (ModelArguments, DataArguments, DNCTrainingArguments), arguments, EMBEDDED, extra
+    )
+    if options.num_gpus is not None:
+        sys.exit(launch(options.num_gpus, sys.argv[1:] if arguments is None else arguments))
+    quiet = not sys.stderr.isatty() or training.process_index != 0
+    training.disable_tqdm = training.disable_tqdm or quiet
+    if quiet:
+        datasets.disable_progress_bars()
+    run = Path(training.output_dir or f"runs/{'embedded' if is_embedded(data) else 'text'}")
+    check_output(run, model_arguments.kinds, training)
+
+    corpus = load_corpus(data)
+    tokenizer = (
+        load_tokenizer(data.tokenizer_name or model_arguments.model_name_or_path)
+        if data.tokenizer_name or model_arguments.model_name_or_path
+        else train_tokenizer(corpus.texts["train"], data.tokenizer_vocab_size)
+    )
+    models = new_models(
+        config=memory_config(model_arguments, data, tokenizer),
+        kinds=model_arguments.kinds,
+        seed=training.seed,
+        pretrained=model_arguments.model_name_or_path,
+    )
+    vocabulary = min(model.config.vocab_size for model in models.values())
+    train_text = tokenize_texts(corpus.texts["train"], tokenizer, "training", data.max_train_tokens, vocabulary)
+    eval_text = tokenize_texts(corpus.texts["validation"], tokenizer, "validation", data.max_eval_tokens, vocabulary)
+    train_dataset = training_dataset(train_text, data, training)
+    eval_dataset = evaluation_dataset(eval_text, data)
+
+    if training.should_save and training.overwrite_output_dir:
+        for kind in model_arguments.kinds:
+            shutil.rmtree(run / kind, ignore_errors=True)
+    trainers: dict[str, DNCTrainer] = {}
+    for kind, model in models.items():
+        arguments_of_kind = copy.copy(training)
+        arguments_of_kind.output_dir = str(run / kind)
+        set_seed(training.seed)
+        trainers[kind] = trainer = DNCTrainer(
+            model,
+            arguments_of_kind,
+            train_dataset,
+            eval_dataset,
+            carry_memory=data.carry_memory,
+            eval_streams=data.eval_streams,
+            processing_class=tokenizer,
+        )
+        train(trainer, checkpoint_to_resume(run / kind, training))
+        if trainer.args.should_save:
+            remember_run(run / kind, data, training.seed)
+    if not training.should_save and training.world_size == 1:
+        return None
+    comparison = compare_checkpoints(
+        {kind: str(run / kind) for kind in models},
+        data,
+        str(run),
+        accelerator=trainer.accelerator,
+        batch_size=training.per_device_eval_batch_size,
+        seed=training.seed,
+        inspect=options.inspect,
+        progress=not training.disable_tqdm,
+    )
+    if trainer.is_world_process_zero():
+        summary = training_summary(corpus.description, model_arguments, data, training)
+        for kind in models:
+            metrics = {k: v for k, v in comparison["models"][kind]["metrics"].items() if isinstance(v, float | int)}
+            write_text(run / kind / "README.md", model_card(kind, metrics, summary, comparison))
+        print(printed(comparison))
+        print(f"\n  Everything is in {run}/")
+    if training.push_to_hub:
+        for kind, trainer in trainers.items():
+            trainer.push_to_hub(model_name=kind)
+    return comparison
+
+
+def check_output(run: Path, kinds: list[str], training: DNCTrainingArguments) -> None:
+    """End the process where the run would damage an earlier one."""
+    taken = [str(run / kind) for kind in kinds if (run / kind).is_dir() and any((run / kind).iterdir())]
+    if run.is_file():
+        sys.exit(f"train.py: {run} is a file; choose another --output_dir.")
+    if taken and not (training.overwrite_output_dir or training.resume_from_checkpoint):
+        sys.exit(
+            f"train.py: {' and '.join(taken)} already exist; choose another --output_dir, go on with "
+            "--resume_from_checkpoint true, or replace them with --overwrite_output_dir."
+        )
+
+
+def memory_config(
+    model_arguments: ModelArguments, data: DataArguments, tokenizer: PreTrainedTokenizerBase
+) -> DNCGPT2Config:
+    """Configuration of the model with memory; the baseline takes its GPT-2 part."""
+    special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    if model_arguments.model_name_or_path:
+        return DNCGPT2Config.from_pretrained(
+            model_arguments.model_name_or_path, **model_arguments.memory_options(), n_positions=data.seq_len, **special
+        )
+    dropout = model_arguments.dropout
+    return DNCGPT2Config(
+        vocab_size=len(tokenizer),
+        n_positions=data.seq_len,
+        n_embd=model_arguments.hidden_size,
+        n_layer=model_arguments.num_layers,
+        n_head=model_arguments.num_heads,
+        resid_pdrop=dropout,
+        embd_pdrop=dropout,
+        attn_pdrop=dropout,
+        **model_arguments.memory_options(),
+        **special,
+    )
+
+
+def training_dataset(text, data: DataArguments, training: DNCTrainingArguments) -> ExampleDataset:
+    """The training examples, in as many streams as the global batch has rows where memory is carried."""
+    rows = training.per_device_train_batch_size * training.gradient_accumulation_steps * training.world_size
+    return ExampleDataset(
+        text,
+        data.seq_len,
+        data.windows_per_example,
+        streams=rows if data.carry_memory else None,
+        reset_at_documents=data.reset_at_documents,
+    )
+
+
+def checkpoint_to_resume(folder: Path, training: DNCTrainingArguments) -> str | None:
+    """The checkpoint from which to go on, if that is asked for and there is one."""
+    asked = training.resume_from_checkpoint
+    if not asked or asked.lower() == "false":
+        return None
+    if asked.lower() == "true":
+        return get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    if not (Path(asked) / TRAINER_STATE_NAME).is_file():
+        sys.exit(f"train.py: --resume_from_checkpoint {asked} is no checkpoint-<step> folder of a run, nor true.")
+    return asked if Path(asked).resolve().parent == folder.resolve() else None
+
+
+def train(trainer: DNCTrainer, checkpoint: str | None) -> None:
+    """Train, evaluate at the end and save the final checkpoint."""
+    trainer.train(resume_from_checkpoint=checkpoint)
+    history = trainer.state.log_history
+    if not any("eval_loss" in row and row["step"] == trainer.state.global_step for row in history):
+        trainer.evaluate()
+    trainer.save_model()
+    trainer.save_state()
+
+
+def training_summary(
+    description: dict[str, Any], model_arguments: ModelArguments, data: DataArguments, training: DNCTrainingArguments
+) -> dict[str, Any]:
+    """What the card says of the training."""
+    return {
+        "dataset": next(iter(description.values())),
+        "optimizer steps": training.max_steps if training.max_steps > 0 else None,
+        "epochs": training.num_train_epochs if training.max_steps <= 0 else None,
+        "batch size": training.train_batch_size * training.gradient_accumulation_steps * training.world_size,
+        "tokens an example": data.seq_len * data.windows_per_example,
+        "attention window": data.seq_len,
+        "carried memory": data.carry_memory,
+        "learning rate": training.learning_rate,
+        "lambda_routing": training.lambda_routing,
+        "lambda_entropy": training.lambda_entropy,
+        "seed": training.seed,
+        **model_arguments.memory_options(),
+    }
+
+
+def launch(num_gpus: int, arguments: list[str]) -> int:
+    """Start one process a GPU through `accelerate launch`; returns its exit code."""
+    rest, skip = [], False
+    for argument in arguments:
+        if argument == "--num_gpus":
+            skip = True
+        elif skip:
+            skip = False
+        elif not argument.startswith("--num_gpus="):
+            rest.append(argument)
+    command = ["accelerate", "launch", "--num_processes", str(num_gpus), "--multi_gpu", __file__, *rest]
+    return subprocess.call(command)
+
+
+if __name__ == "__main__":
+    main()
