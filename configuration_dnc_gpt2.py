@@ -4,6 +4,7 @@ import math
 
 from huggingface_hub.dataclasses import strict
 from transformers import GPT2Config
+from transformers.activations import ACT2FN
 
 ADDRESSINGS = ("lru", "dnc", "simplified")
 READ_PROJECTION_INITS = ("transpose", "zero", "normal")
@@ -86,7 +87,9 @@ class DNCGPT2Config(GPT2Config):
     @property
     def initial_read_projection(self) -> str:
         """How the read projection starts: `read_projection_init`, resolved."""
-        return self.read_projection_init or ("transpose" if self.addressing == "lru" else "normal")
+        if self.read_projection_init is None:
+            return "transpose" if self.addressing == "lru" else "normal"
+        return self.read_projection_init
 
     def validate_memory(self):
         """Part of `@strict`'s validation, which runs when the config is built."""
@@ -95,6 +98,10 @@ class DNCGPT2Config(GPT2Config):
         self._require("n_embd", self.n_embd % self.n_head == 0, f"a multiple of n_head={self.n_head}")
         for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop"):
             self._require(name, 0 <= getattr(self, name) < 1, "a number in [0, 1)")
+        self._require("n_inner", self.n_inner is None or self.n_inner >= 1, "None or an integer of at least 1")
+        self._require("activation_function", self.activation_function in ACT2FN, f"one of {sorted(ACT2FN)}")
+        self._require("layer_norm_epsilon", 0 < self.layer_norm_epsilon < math.inf, "a finite number above 0")
+        self._require("initializer_range", 0 <= self.initializer_range < math.inf, "a finite number of at least 0")
         self._require("addressing", self.addressing in ADDRESSINGS, f"one of {ADDRESSINGS}")
         self._require("scan", self.scan in SCANS, f"one of {SCANS}")
         if self.addressing == "lru":
@@ -104,6 +111,8 @@ class DNCGPT2Config(GPT2Config):
         else:
             allowed = f'None with addressing="{self.addressing}", which looks at whole rows'
             self._require("address_width", self.address_width is None, allowed)
+        allowed = "false without temporal_links, for there are no links to sharpen"
+        self._require("sharpen_links", self.temporal_links or not self.sharpen_links, allowed)
         self._require("usage_decay", 0 < self.usage_decay <= 1, "a number in (0, 1]")
         self._require("read_refresh", 0 <= self.read_refresh < math.inf, "a finite number of at least 0")
         for name in ("write_gate_bias", "allocation_gate_bias", "erase_gate_bias", "read_gate_bias"):

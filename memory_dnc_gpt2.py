@@ -402,12 +402,13 @@ class DNCMemory(nn.Module):
         with torch.autocast(hidden_states.device.type, enabled=False):
             output = fused_scan(interface, state, self.config)
             output = recurrence(interface, state, self.config) if output is None else ScanOutput(*output)
-        state = output.state._replace(previous_hidden=last_hidden.to(dtype), started=started)
+        state = output.state._replace(previous_hidden=last_hidden, started=started)
         reads = output.reads
         if read_gates is not None:
             reads = reads[..., self.config.address_columns :] * read_gates[..., None]
         read_hidden = self.read_projection(reads.flatten(2).to(hidden_states.dtype))
-        return MemoryOutput(read_hidden, interface.write_gates, output.write_weights, output.read_weights, state)
+        write_gates = interface.write_gates if mask is None else interface.write_gates * mask
+        return MemoryOutput(read_hidden, write_gates, output.write_weights, output.read_weights, state)
 
     def _previous_hidden(
         self, hidden: Tensor, state: MemoryState, mask: Tensor | None, reset: Tensor | None
@@ -417,11 +418,17 @@ class DNCMemory(nn.Module):
         Returns: previous [B, T, H] (zero where there is none), has_previous [B, T], last [B, H], started [B].
         """
         batch, tokens, _ = hidden.shape
-        stored = state.previous_hidden.to(hidden.dtype)[:, None]
-        history = torch.cat([torch.where(state.started[:, None, None], stored, 0.0), hidden], dim=1)
+        stored = state.previous_hidden[:, None]
+        # In the state's dtype, so that a call of padding alone leaves it bit-equal.
+        history = torch.cat([torch.where(state.started[:, None, None], stored, 0.0), hidden.to(stored.dtype)], dim=1)
         if mask is None and reset is None:
             ones = torch.ones(batch, tokens, dtype=torch.bool, device=hidden.device)
-            return history[:, :-1], torch.cat([state.started[:, None], ones[:, 1:]], 1), history[:, -1], ones[:, 0]
+            return (
+                history[:, :-1].to(hidden.dtype),
+                torch.cat([state.started[:, None], ones[:, 1:]], 1),
+                history[:, -1],
+                ones[:, 0],
+            )
         # Index 0 stands for the state, index t + 1 for token t.
         index = torch.arange(tokens + 1, device=hidden.device).expand(batch, -1)
         real = index[:, 1:] if mask is None else torch.where(mask, index[:, 1:], 0)
@@ -434,7 +441,7 @@ class DNCMemory(nn.Module):
         gathered = history.gather(1, previous[..., None].expand(-1, -1, hidden.shape[-1]))
         last = latest[:, -1]
         last_hidden = history[torch.arange(batch, device=hidden.device), last]
-        previous_hidden = torch.where(has_previous[..., None], gathered, 0.0)
+        previous_hidden = torch.where(has_previous[..., None], gathered, 0.0).to(hidden.dtype)
         return previous_hidden, has_previous, last_hidden, (last > 0) | state.started
 
     def _lru_interface(
