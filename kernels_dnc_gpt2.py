@@ -48,7 +48,9 @@ def _compile_kernels() -> None:
     """Replace the marked functions by numba's; each compiles at its first call."""
     import numba
 
-    usual = {"fastmath": True, "error_model": "numpy", "no_cfunc_wrapper": True, "no_cpython_wrapper": True}
+    # Sums may be reordered, but NaN and infinity must come out where they came in.
+    fastmath = {"reassoc", "contract", "arcp", "nsz", "afn"}
+    usual = {"fastmath": fastmath, "error_model": "numpy", "no_cfunc_wrapper": True, "no_cpython_wrapper": True}
     for function, options in _KERNELS:
         try:
             compiled = numba.njit(**{**usual, **options})(function)
@@ -119,9 +121,6 @@ class Options(NamedTuple):
     links: bool
     sharpened: bool
     masked: bool
-
-
-# --- rows and vectors
 
 
 @_kernel
@@ -213,9 +212,6 @@ def inverse_norms(rows, width, out):
         out[n] = one / math.sqrt(square + epsilon)
 
 
-# --- content addressing
-
-
 @_kernel
 def scale_keys(keys, strengths, scaled, lengths):
     """scaled[k] = strengths[k] keys[k] lengths[k], with the inverse norm of the key as its length."""
@@ -302,9 +298,6 @@ def content_scratch(count, width, memory):
     return np.empty((count, width), dtype), np.empty((count, width), dtype), lengths, scores
 
 
-# --- writing
-
-
 @_kernel
 def gated_weights(content, allocation, write_gate, allocation_gate, out):
     """out = write_gate (allocation_gate allocation + (1 - allocation_gate) content), all [N]."""
@@ -355,9 +348,6 @@ def write_backward(before, weights, erase, vector, d_memory, d_weights, d_erase,
             d_erase[w] -= x * erased
             d_memory[n, w] = d - x * d * erase[w]
         d_weights[n] += total
-
-
-# --- state
 
 
 @_kernel
@@ -433,7 +423,7 @@ def replay_token(b, t, j, x, states, outputs, checkpoints, options):
     """
     if j == 0:
         chunks = checkpoints.memory.shape[0] // x.mask.shape[0]
-        copy_state(checkpoints, b * chunks + t // options.chunk, states, 0)
+        copy_state(checkpoints, b * chunks + t // options.chunk, states, j)
     copy_state(states, j, states, j + 1)
     if x.reset[b, t]:
         clear(states, j + 1)
@@ -458,9 +448,6 @@ def add(values, out):
     """out += values, both [N]."""
     for n in range(out.shape[0]):
         out[n] += values[n]
-
-
-# --- "lru"
 
 
 @_kernel(fastmath=False)
@@ -525,12 +512,11 @@ def lru_replay(b, start, stop, x, states, norms, outputs, checkpoints, options):
 def lru_backward(first, last, x, outputs, saved, checkpoints, options, d_outputs, d_state, d_x):
     """Backward of `lru_forward`: `d_state` becomes the initial state's gradient, d_x (zero before) is written."""
     tokens, heads, width = x.read_keys.shape[1:]
-    slots = checkpoints.memory.shape[1]
     write_scratch = content_scratch(1, width, checkpoints.memory)
     read_scratch = content_scratch(heads, width, checkpoints.memory)
     states = replay_buffers(checkpoints, options)
     empty = options.chunk + 1
-    norms = np.empty((empty + 1, slots), states.memory.dtype)
+    norms = np.empty_like(states.usage)
     inverse_norms(states.memory[empty], width, norms[empty])
     allocation, d_allocation = np.zeros_like(norms[0]), np.empty_like(norms[0])
     d_content = np.empty_like(norms[:1])
@@ -576,9 +562,6 @@ def lru_backward(first, last, x, outputs, saved, checkpoints, options, d_outputs
                 clear(d_state, b)
 
 
-# --- "simplified"
-
-
 @_kernel
 def soft_allocation(usage, strength, out):
     """out = softmax(strength (1 - usage)), [N] -> [1, N]."""
@@ -607,7 +590,11 @@ def simplified_forward(first, last, x, state, outputs, saved, checkpoints, optio
     tokens, heads, width = x.read_keys.shape[1:]
     write_scratch = content_scratch(1, width, state.memory)
     read_scratch = content_scratch(heads, width, state.memory)
-    allocation, inverse, gated = np.empty_like(state.usage[:1]), np.empty_like(state.usage[0]), np.empty_like(state.usage[0])
+    allocation, inverse, gated = (
+        np.empty_like(state.usage[:1]),
+        np.empty_like(state.usage[0]),
+        np.empty_like(state.usage[0]),
+    )
     one, half = state.memory.dtype.type(1), state.memory.dtype.type(0.5)
     for b in range(first, last):
         memory, usage, write_weights = state.memory[b], state.usage[b], state.write_weights[b]
@@ -655,7 +642,7 @@ def simplified_backward(first, last, x, outputs, saved, checkpoints, options, d_
     read_scratch = content_scratch(heads, width, checkpoints.memory)
     states = replay_buffers(checkpoints, options)
     empty = options.chunk + 1
-    norms = np.empty((empty + 1, slots), states.memory.dtype)
+    norms = np.empty_like(states.usage)
     inverse_norms(states.memory[empty], width, norms[empty])
     gated, d_gated = np.empty_like(norms[0]), np.empty_like(norms[:1])
     allocation, d_allocation, d_content = np.empty_like(norms[:1]), np.empty_like(norms[:1]), np.empty_like(norms[:1])
@@ -706,9 +693,6 @@ def simplified_backward(first, last, x, outputs, saved, checkpoints, options, d_
                 fill(d_read, 0)
             if x.reset[b, t]:
                 clear(d_state, b)
-
-
-# --- "dnc"
 
 
 @_kernel(fastmath=False)
@@ -1036,9 +1020,7 @@ def dnc_content_backward(
             keys, strengths, masks, rows, weights, d_weights, masked_space, d_keys, d_strengths, d_masks, d_rows
         )
     else:
-        content_backward(
-            keys, strengths, rows, inverse, weights, d_weights, scratch, d_keys, d_strengths, d_rows
-        )
+        content_backward(keys, strengths, rows, inverse, weights, d_weights, scratch, d_keys, d_strengths, d_rows)
 
 
 @_kernel(**_ENTRY)
@@ -1048,8 +1030,9 @@ def dnc_forward(first, last, x, state, outputs, saved, checkpoints, options):
     slots = state.memory.shape[1]
     write_scratch, write_masked = content_scratch(1, width, state.memory), masked_scratch(1, width, state.memory)
     read_scratch, read_masked = content_scratch(heads, width, state.memory), masked_scratch(heads, width, state.memory)
-    allocation, inverse, retained = np.empty((3, slots), state.memory.dtype)
-    raw, directed = np.empty((2, 2, heads, slots), state.memory.dtype)
+    dtype = state.memory.dtype
+    allocation, inverse, retained = np.empty(slots, dtype), np.empty(slots, dtype), np.empty(slots, dtype)
+    raw, directed = np.empty((2, heads, slots), dtype), np.empty((2, heads, slots), dtype)
     for b in range(first, last):
         memory, write_weights, read_weights = state.memory[b], state.write_weights[b], state.read_weights[b]
         inverse_norms(memory, width, inverse)
@@ -1118,9 +1101,10 @@ def dnc_backward(first, last, x, outputs, saved, checkpoints, options, d_outputs
     read_masked = masked_scratch(heads, width, checkpoints.memory)
     states = replay_buffers(checkpoints, options)
     empty = options.chunk + 1
-    norms, retained, allocations = np.empty((3, empty + 1, slots), dtype)
+    norms, retained, allocations = np.empty_like(states.usage), np.empty_like(states.usage), np.empty_like(states.usage)
     inverse_norms(states.memory[empty], width, norms[empty])
-    raw, directed, d_directed = np.empty((3, 2, heads, slots), dtype)
+    raw, directed = np.empty((2, heads, slots), dtype), np.empty((2, heads, slots), dtype)
+    d_directed = np.empty_like(raw)
     d_read_content, d_content = np.empty((heads, slots), dtype), np.empty((1, slots), dtype)
     d_allocation, d_retained = np.empty(slots, dtype), np.zeros(slots, dtype)
     erased = np.empty((slots, width), dtype)
@@ -1198,9 +1182,6 @@ def dnc_backward(first, last, x, outputs, saved, checkpoints, options, d_outputs
                 clear(d_state, b)
 
 
-# --- threads
-
-
 @functools.cache
 def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="dnc_gpt2_scan")
@@ -1240,7 +1221,9 @@ def _chunk_length(tokens: int) -> int:
     return math.isqrt(max(0, tokens - 1)) + 1
 
 
-def _options(interface: Interface, usage_decay: float, read_refresh: float, erase_on_free: bool, training: bool) -> Options:
+def _options(
+    interface: Interface, usage_decay: float, read_refresh: float, erase_on_free: bool, training: bool
+) -> Options:
     real = np.float64 if interface.write_keys.dtype == torch.float64 else np.float32
     return Options(
         real(usage_decay),
@@ -1252,9 +1235,6 @@ def _options(interface: Interface, usage_decay: float, read_refresh: float, eras
         sharpened=interface.link_sharpness.numel() > 0,
         masked=interface.write_masks.numel() > 0,
     )
-
-
-# --- operators
 
 
 @torch.library.custom_op(f"{NAMESPACE}::scan", mutates_args=())
@@ -1360,18 +1340,13 @@ def _backward(ctx: Any, gradients: list[Tensor | None]) -> tuple:
     d_outputs, d_state, _, _ = _split(gradients)
     batch = outputs[0].shape[0]
     d_outputs = [torch.zeros_like(x) if d is None else d for x, d in zip(outputs, d_outputs, strict=True)]
-    d_state = [
-        x.new_zeros(batch, *x.shape[1:]) if d is None else d for x, d in zip(checkpoints, d_state, strict=True)
-    ]
+    d_state = [x.new_zeros(batch, *x.shape[1:]) if d is None else d for x, d in zip(checkpoints, d_state, strict=True)]
     results = _scan_backward(interface, outputs, saved, checkpoints, d_outputs, d_state, *ctx.options)
     d_interface, d_state = results[: -len(State._fields)], results[-len(State._fields) :]
     return [*d_interface, None, None], d_state, *[None] * (len(ctx.options) + 1)
 
 
 _scan.register_autograd(_backward, setup_context=_save_for_backward)
-
-
-# --- choice of the implementation
 
 
 @torch.compiler.assume_constant_result
