@@ -13,10 +13,11 @@ from typing import Any
 
 import datasets
 from accelerate import Accelerator
+from transformers import logging as transformers_logging
 
 from dnc_gpt2.comparison import compare_checkpoints, printed
 from dnc_gpt2.data import DataArguments
-from dnc_gpt2.options import parse, recall_run
+from dnc_gpt2.options import INSPECT_OPTION, one_line_errors, parse, recall_run
 
 
 @dataclass
@@ -35,24 +36,31 @@ class CompareArguments:
     trust_remote_code: bool = field(default=False, metadata={"help": "Run code that a checkpoint brings along."})
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace earlier results."})
 
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size={self.batch_size} is not allowed; it must be at least 1.")
+
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """Compare; returns the comparison."""
     extra = {
         "checkpoints": {"nargs": "+", "help": "Folders or hub names of two or more causal language models."},
-        "--inspect": {"nargs": "*", "default": [], "help": "Texts whose memory writes are shown."},
+        **INSPECT_OPTION,
     }
     options, data, lists = parse((CompareArguments, DataArguments), arguments, extra=extra)
-    run = recall_run(lists.checkpoints[0])
+    run = next(filter(None, map(recall_run, lists.checkpoints)), None)
     if run is not None:
         options, data, lists = parse((CompareArguments, DataArguments), arguments, extra=extra, defaults=run["data"])
     accelerator = Accelerator(mixed_precision=options.mixed_precision, cpu=options.use_cpu)
     quiet = not sys.stderr.isatty() or not accelerator.is_main_process
     if quiet:
         datasets.disable_progress_bars()
+        transformers_logging.disable_progress_bar()
     results = Path(options.output_dir) / "comparison.json"
     if results.exists() and not options.overwrite_output_dir:
         sys.exit(f"compare.py: {results} already exists; choose another --output_dir or add --overwrite_output_dir.")
+    if Path(options.output_dir).is_file():
+        sys.exit(f"compare.py: {options.output_dir} is a file; choose another --output_dir.")
     checkpoints = named(lists.checkpoints)
     if options.reference is not None:
         if options.reference not in lists.checkpoints and options.reference not in checkpoints:
@@ -87,4 +95,5 @@ def named(checkpoints: list[str]) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors("compare.py"):
+        main()

@@ -5,10 +5,13 @@ p % n_positions. The memory runs over all of them. Windows are attended to as ro
 the left, so that plain causal attention is right for every padding and packing.
 """
 
+import json
 from dataclasses import dataclass
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
+from huggingface_hub import ModelCard
 from torch import Tensor, nn
 from transformers import GPT2Model, GPT2PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
@@ -225,6 +228,30 @@ class DNCGPT2PreTrainedModel(GPT2PreTrainedModel):
     _no_split_modules = ["GPT2Block", "DNCMemory"]
     _can_compile_fullgraph = False
 
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        """As in transformers, but pickled weights are read only where `use_safetensors=False` asks for them."""
+        if kwargs.get("use_safetensors") is None:
+            kwargs["use_safetensors"] = True
+        return super().from_pretrained(*args, **kwargs)
+
+    def _upload_modified_files(self, working_dir: str, *args, **kwargs):
+        # Transformers has written a generic card there. Where the model was loaded from a folder whose card tells of
+        # it, that one goes with it, with the tags that were asked for.
+        folder, target = Path(self.config._name_or_path), Path(working_dir) / "README.md"
+        if self._has_card(folder) and not target.samefile(folder / "README.md"):
+            card = ModelCard.load(folder / "README.md")
+            tags = [*(card.data.tags or []), *(ModelCard.load(target).data.tags or [])]
+            card.data.tags = list(dict.fromkeys(tags)) or None
+            card.save(target)
+        return super()._upload_modified_files(working_dir, *args, **kwargs)
+
+    def _has_card(self, folder: Path) -> bool:
+        config = folder / "config.json"
+        if not (self.config._name_or_path and config.is_file() and (folder / "README.md").is_file()):
+            return False
+        return json.loads(config.read_text(encoding="utf-8")).get("model_type") == self.config.model_type
+
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
         # For code outside transformers, modules without parameters of their own are passed over, and with them
         # GPT-2's scaled residual projections and the memory. All of ours initialise parameter by parameter.
@@ -280,11 +307,12 @@ class DNCGPT2Model(DNCGPT2PreTrainedModel, GPT2Model):
             self.warn_if_padding_and_no_attention_mask(input_ids, attention_mask)
             self._check_token_ids(input_ids)
             inputs_embeds = self.wte(input_ids)
-        tokens = inputs_embeds.shape[1]
-        mask = self._real_tokens(attention_mask, tokens)
+        batch, tokens, _ = inputs_embeds.shape
+        mask = self._real_tokens(attention_mask, batch, tokens)
         use_cache = self.config.use_cache if use_cache is None else use_cache
         use_cache = use_cache and not (self.gradient_checkpointing and self.training)
-        cache = self._cache(past_key_values) if use_cache else None
+        # A cache that is given is gone on from, whether or not a new one would be made.
+        cache = self._cache(past_key_values) if use_cache or past_key_values is not None else None
         options = {
             "output_attentions": self.config.output_attentions if output_attentions is None else output_attentions,
             "output_hidden_states": (
@@ -330,12 +358,13 @@ class DNCGPT2Model(DNCGPT2PreTrainedModel, GPT2Model):
             )
 
     @staticmethod
-    def _real_tokens(attention_mask: Tensor | None, tokens: int) -> Tensor | None:
+    def _real_tokens(attention_mask: Tensor | None, batch: int, tokens: int) -> Tensor | None:
         if attention_mask is None:
             return None
-        if attention_mask.dim() != 2 or attention_mask.shape[1] < tokens:
+        shape = tuple(attention_mask.shape)
+        if len(shape) != 2 or shape[0] != batch or shape[1] < tokens:
             raise ValueError(
-                f"attention_mask has shape {tuple(attention_mask.shape)}; it must be [batch, tokens] and cover all "
+                f"attention_mask has shape {shape}; it must be [batch, tokens] with batch = {batch} and cover all "
                 f"{tokens} tokens."
             )
         return attention_mask[:, -tokens:].bool()
@@ -520,6 +549,15 @@ class DNCGPT2LMHeadModel(DNCGPT2PreTrainedModel, GenerationMixin):
             write_weights=outputs.write_weights,
             read_weights=outputs.read_weights,
         )
+
+    def _expand_inputs_for_generation(self, expand_size: int = 1, *args, **kwargs) -> tuple[Tensor, dict[str, Any]]:
+        # Transformers expands tensors alone.
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(expand_size, *args, **kwargs)
+        if model_kwargs.get("memory_state") is not None:
+            model_kwargs["memory_state"] = model_kwargs["memory_state"].map(
+                lambda x: x.repeat_interleave(expand_size, dim=0)
+            )
+        return input_ids, model_kwargs
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs) -> None:
         if generation_config.cache_implementation not in (None, "dynamic"):

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import torch
 from transformers import PreTrainedTokenizerBase, set_seed
+from transformers import logging as transformers_logging
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -27,8 +29,8 @@ from dnc_gpt2.data import (
     tokenize_texts,
     train_tokenizer,
 )
-from dnc_gpt2.models import new_models
-from dnc_gpt2.options import ModelArguments, parse, remember_run
+from dnc_gpt2.models import new_models, require_checkpoint
+from dnc_gpt2.options import INSPECT_OPTION, ModelArguments, one_line_errors, parse, remember_run
 from dnc_gpt2.report import write_text
 from dnc_gpt2.trainer import DNCTrainer, DNCTrainingArguments
 
@@ -37,10 +39,10 @@ logger = logging.getLogger(__name__)
 EMBEDDED = Path(__file__).parent / "configs" / "embedded.yaml"
 
 
-def main(arguments: list[str] | None = None) -> dict[str, Any] | None:
+def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """Run the whole job; returns the comparison."""
     extra = {
-        "--inspect": {"nargs": "*", "default": [], "help": "Texts whose memory writes are shown."},
+        **INSPECT_OPTION,
         "--num_gpus": {"type": int, "help": "Start this many processes, one a GPU."},
     }
     model_arguments, data, training, options = parse(
@@ -52,8 +54,15 @@ def main(arguments: list[str] | None = None) -> dict[str, Any] | None:
     training.disable_tqdm = training.disable_tqdm or quiet
     if quiet:
         datasets.disable_progress_bars()
+        transformers_logging.disable_progress_bar()
+    mention_idle_gpus(training)
     run = Path(training.output_dir or f"runs/{'embedded' if is_embedded(data) else 'text'}")
     check_output(run, model_arguments.kinds, training)
+    checkpoints = {
+        kind: checkpoint_to_resume(run, kind, model_arguments.kinds, training) for kind in model_arguments.kinds
+    }
+    if model_arguments.model_name_or_path:
+        require_checkpoint(model_arguments.model_name_or_path)
 
     corpus = load_corpus(data)
     tokenizer = (
@@ -90,11 +99,10 @@ def main(arguments: list[str] | None = None) -> dict[str, Any] | None:
             eval_streams=data.eval_streams,
             processing_class=tokenizer,
         )
-        train(trainer, checkpoint_to_resume(run / kind, training))
+        train(trainer, checkpoints[kind])
         if trainer.args.should_save:
             remember_run(run / kind, data, training.seed)
-    if not training.should_save and training.world_size == 1:
-        return None
+    trainer.accelerator.wait_for_everyone()  # the other processes read what the main one has saved
     comparison = compare_checkpoints(
         {kind: str(run / kind) for kind in models},
         data,
@@ -120,10 +128,17 @@ def main(arguments: list[str] | None = None) -> dict[str, Any] | None:
 
 def check_output(run: Path, kinds: list[str], training: DNCTrainingArguments) -> None:
     """End the process where the run would damage an earlier one."""
-    taken = [str(run / kind) for kind in kinds if (run / kind).is_dir() and any((run / kind).iterdir())]
     if run.is_file():
         sys.exit(f"train.py: {run} is a file; choose another --output_dir.")
-    if taken and not (training.overwrite_output_dir or training.resume_from_checkpoint):
+    resume = asked_to_resume(training)
+    if training.overwrite_output_dir and resume:
+        sys.exit(
+            f"train.py: --overwrite_output_dir would delete what --resume_from_checkpoint {resume} goes on from; "
+            "give one of the two."
+        )
+    taken = [str(run / kind) for kind in kinds if (run / kind).is_dir() and any((run / kind).iterdir())]
+    taken += [str(run / "comparison.json")] * (run / "comparison.json").exists()
+    if taken and not (training.overwrite_output_dir or resume):
         sys.exit(
             f"train.py: {' and '.join(taken)} already exist; choose another --output_dir, go on with "
             "--resume_from_checkpoint true, or replace them with --overwrite_output_dir."
@@ -166,21 +181,45 @@ def training_dataset(text, data: DataArguments, training: DNCTrainingArguments) 
     )
 
 
-def checkpoint_to_resume(folder: Path, training: DNCTrainingArguments) -> str | None:
-    """The checkpoint from which to go on, if that is asked for and there is one."""
+def asked_to_resume(training: DNCTrainingArguments) -> str | None:
+    """What --resume_from_checkpoint names: "true", a folder, or nothing."""
     asked = training.resume_from_checkpoint
     if not asked or asked.lower() == "false":
         return None
-    if asked.lower() == "true":
-        return get_last_checkpoint(str(folder)) if folder.is_dir() else None
-    if not (Path(asked) / TRAINER_STATE_NAME).is_file():
-        sys.exit(f"train.py: --resume_from_checkpoint {asked} is no checkpoint-<step> folder of a run, nor true.")
-    return asked if Path(asked).resolve().parent == folder.resolve() else None
+    return "true" if asked.lower() == "true" else asked
+
+
+def checkpoint_to_resume(run: Path, kind: str, kinds: list[str], training: DNCTrainingArguments) -> str | None:
+    """The checkpoint of one kind from which to go on: the one that is asked for or the last, `None` before the first.
+
+    Where a checkpoint of one kind is named, the others go on from their last.
+    """
+    asked = asked_to_resume(training)
+    if asked is None:
+        return None
+    folder = run / kind
+    if asked != "true":
+        owner = Path(asked).resolve().parent
+        if not (Path(asked) / TRAINER_STATE_NAME).is_file() or owner not in [(run / name).resolve() for name in kinds]:
+            sys.exit(
+                f"train.py: --resume_from_checkpoint {asked} is no checkpoint-<step> folder of this run ({run}), nor "
+                "true; name one of its folders, or true for the last."
+            )
+        if owner == folder.resolve():
+            return asked
+    last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    if last is None and (folder / TRAINER_STATE_NAME).is_file():
+        sys.exit(
+            f"train.py: {folder} holds a finished model, but no checkpoint-<step> to go on from; choose another "
+            "--output_dir, or replace it with --overwrite_output_dir."
+        )
+    return last
 
 
 def train(trainer: DNCTrainer, checkpoint: str | None) -> None:
     """Train, evaluate at the end and save the final checkpoint."""
-    trainer.train(resume_from_checkpoint=checkpoint)
+    if checkpoint is None or not trainer.load_finished(checkpoint):
+        trainer.train(resume_from_checkpoint=checkpoint)
     history = trainer.state.log_history
     if not any("eval_loss" in row and row["step"] == trainer.state.global_step for row in history):
         trainer.evaluate()
@@ -208,6 +247,17 @@ def training_summary(
     }
 
 
+def mention_idle_gpus(training: DNCTrainingArguments) -> None:
+    """Say how to use all GPUs where one process uses one of several."""
+    gpus = torch.cuda.device_count()
+    if gpus > 1 and training.world_size == 1 and not training.use_cpu:
+        logger.warning(
+            "Using one of %d GPUs. To use all: accelerate launch --num_processes %d --multi_gpu train.py, or train.py "
+            "--num_gpus %d, with the same options.",
+            *[gpus] * 3,
+        )
+
+
 def launch(num_gpus: int, arguments: list[str]) -> int:
     """Start one process a GPU through `accelerate launch`; returns its exit code."""
     rest, skip = [], False
@@ -223,4 +273,5 @@ def launch(num_gpus: int, arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors("train.py"):
+        main()

@@ -45,7 +45,7 @@ def model_card(
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 folder = "..."  # this folder, or its name on the Hub
-tokenizer = AutoTokenizer.from_pretrained(folder)
+tokenizer = AutoTokenizer.from_pretrained(folder{remote})
 model = AutoModelForCausalLM.from_pretrained(folder{remote})
 ```"""
     parts = [f"---\n{data.to_yaml()}\n---", f"# {name}", what, "## Use", usage, "## Training"]

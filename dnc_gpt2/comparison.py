@@ -17,7 +17,7 @@ from .corpus import Exam, load_corpus
 from .data import DataArguments, ExampleDataset, TokenizedText, load_tokenizer, tokenize_texts
 from .evaluation import evaluate
 from .metrics import MEMORY_METRICS
-from .models import count_parameters, has_memory, load_model, window_size
+from .models import count_parameters, has_memory, load_model, require_checkpoint, window_size
 
 EINSTEIN = "Albert Einstein was born in 1879"
 
@@ -53,8 +53,10 @@ def compare_checkpoints(
         The comparison, as in comparison.json; every process has it, the main one writes.
 
     Raises:
-        ValueError: a checkpoint cannot be loaded, or the tokenizers differ.
+        ValueError: a checkpoint cannot be loaded, or the tokenizers differ, or a text to inspect is empty.
     """
+    for path in checkpoints.values():
+        require_checkpoint(path)
     tokenizers = {name: load_tokenizer(path) for name, path in checkpoints.items()}
     reference, *others = tokenizers
     for other in others:
@@ -73,10 +75,10 @@ def compare_checkpoints(
     for name, path in checkpoints.items():
         model = load_model(path, trust_remote_code).to(accelerator.device)
         window = window_size(model, dataset.example_length)
-        if len(tokenizer) > model.config.vocab_size:
+        if (largest := int(text.tokens.max())) >= model.config.vocab_size:
             raise ValueError(
-                f"{path} knows {model.config.vocab_size} tokens, but its tokenizer {len(tokenizer)}: save the "
-                "tokenizer that it was trained with beside it."
+                f"{path} knows {model.config.vocab_size} tokens, but its tokenizer gives {largest}: save the tokenizer "
+                "that it was trained with beside it."
             )
         result = evaluate(
             model,

@@ -74,7 +74,8 @@ class Exam:
         starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
         located = locate(corpus.questions, encoded["offset_mapping"], starts)
         examples = np.arange(len(text.tokens)) // dataset.example_length
-        return cls([q for q in located if q.answer_end <= len(text.tokens)], examples // dataset.stream_length)
+        streams = examples // (dataset.stream_length or 1)  # without carried memory every example starts empty
+        return cls([q for q in located if q.answer_end <= len(text.tokens)], streams)
 
     def _windows(self, window: int) -> np.ndarray:
         return np.arange(len(self.streams)) // window

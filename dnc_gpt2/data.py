@@ -55,10 +55,10 @@ class DataArguments:
         default=None, metadata={"help": "Configuration of the data set, such as wikitext-2-raw-v1."}
     )
     train_split: str = field(
-        default="train", metadata={"help": "Split of --dataset_name to train on; slices such as train[5%:] work."}
+        default="train", metadata={"help": "Split of --dataset_name to train on; slices such as train[5%%:] work."}
     )
     validation_split: str = field(
-        default="validation", metadata={"help": "Split of --dataset_name to evaluate on; train[:5%] works too."}
+        default="validation", metadata={"help": "Split of --dataset_name to evaluate on; train[:5%%] works too."}
     )
     train_file: list[str] | None = field(
         default=None,

@@ -60,6 +60,7 @@ def new_models(
     torch.manual_seed(seed)
     if pretrained is None:
         baseline = GPT2LMHeadModel(plain)
+        baseline.loss_type = "ForCausalLM"  # the default, which the library warns about taking
     else:
         baseline = load_model(pretrained)
         if has_memory(baseline):
@@ -92,11 +93,11 @@ def shorten_positions(model: PreTrainedModel, n_positions: int) -> None:
         model.config.n_positions = n_positions
 
 
-def load_model(name_or_path: str, trust_remote_code: bool = False) -> PreTrainedModel:
-    """Load a causal language model; checkpoints of this project need no remote code.
+def require_checkpoint(name_or_path: str) -> None:
+    """Refuse a local path that is no checkpoint; hub names pass.
 
     Raises:
-        ValueError: there is no loadable model; the message names the folder and the remedy.
+        ValueError: naming the path and the remedy.
     """
     folder = Path(name_or_path)
     if folder.is_dir() and not (folder / "config.json").is_file():
@@ -105,14 +106,26 @@ def load_model(name_or_path: str, trust_remote_code: bool = False) -> PreTrained
         raise ValueError(f"{name_or_path} is not a checkpoint: it has no config.json.{hint}")
     if folder.is_file():
         raise ValueError(f"{name_or_path} is a file; name the checkpoint's folder.")
+
+
+def load_model(name_or_path: str, trust_remote_code: bool = False) -> PreTrainedModel:
+    """Load a GPT-2 with or without memory; checkpoints of this project need no remote code.
+
+    Raises:
+        ValueError: there is no loadable model; the message names the folder and the remedy.
+    """
+    require_checkpoint(name_or_path)
     try:
-        return AutoModelForCausalLM.from_pretrained(
+        model = AutoModelForCausalLM.from_pretrained(
             name_or_path, trust_remote_code=trust_remote_code, use_safetensors=True
         )
     except (OSError, SafetensorError, RuntimeError, ValueError, KeyError) as error:
         remedy = (
             "the folder needs config.json and model.safetensors as save_pretrained writes them"
-            if folder.is_dir()
+            if Path(name_or_path).is_dir()
             else "it is no local folder, and the hub did not give it: check the name and the connection"
         )
         raise ValueError(f"No model could be loaded from {name_or_path} ({error}): {remedy}.") from error
+    if model.config.model_type not in (GPT2Config.model_type, DNCGPT2Config.model_type):
+        raise ValueError(f"{name_or_path} is a {model.config.model_type}, not a GPT-2: name a GPT-2 checkpoint.")
+    return model

@@ -3,12 +3,14 @@
 import argparse
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import yaml
+from huggingface_hub.errors import StrictDataclassError
 from transformers import HfArgumentParser
 
 from configuration_dnc_gpt2 import DNCGPT2Config
@@ -16,9 +18,18 @@ from configuration_dnc_gpt2 import DNCGPT2Config
 from . import report
 from .data import DataArguments
 
+
+def _text(value: str) -> str:
+    if not value:
+        raise argparse.ArgumentTypeError("an empty text has no tokens to show")
+    return value
+
+
 RUN_FILE = "run.json"
+INSPECT_OPTION = {
+    "--inspect": {"nargs": "*", "default": [], "type": _text, "help": "Texts whose memory writes are shown."}
+}
 DATA_SOURCES = ("dataset_name", "dataset_config_name", "train_file", "validation_file")
-DATA_FLAGS = tuple(f"--{name}" for name in DATA_SOURCES)
 
 
 @dataclass
@@ -61,7 +72,14 @@ class ModelArguments:
     def memory_options(self) -> dict[str, Any]:
         """The arguments of `DNCGPT2Config` that describe the memory."""
         known = {f.name for f in fields(DNCGPT2Config)}
-        return {name: value for name, value in asdict(self).items() if name in known}
+        # What is not set must not replace what the configuration of a checkpoint says.
+        return {name: value for name, value in asdict(self).items() if name in known and value is not None}
+
+
+class _Parser(HfArgumentParser):
+    def error(self, message: str):
+        """As in argparse, but without the usage, which is pages long here."""
+        self.exit(2, f"{self.prog}: {' '.join(message.split())} (--help lists the options)\n")
 
 
 def parse(
@@ -78,9 +96,8 @@ def parse(
         arguments: the command line, by default the process's own.
         default_config: YAML file to read where the command line names neither `--config` nor any data.
         extra: further arguments of the parser, name -> keywords of `add_argument`.
-
-        defaults: option -> value in place of the dataclasses' defaults. Where the command line names data, what
-            these say of where the data come from does not count.
+        defaults: option -> value in place of the dataclasses' defaults. Where the user names data, what these say of
+            where the data come from does not count.
 
     Returns:
         An object of each dataclass, then a namespace of the extra arguments if there are any.
@@ -88,25 +105,25 @@ def parse(
     An unknown option, in either place, and a value that is not allowed end the process with a message.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    parser = HfArgumentParser(dataclasses, allow_abbrev=False)
+    parser = _Parser(dataclasses, allow_abbrev=False)
     parser.add_argument("--config", help="YAML file of defaults for these options.")
     for name, keywords in (extra or {}).items():
         parser.add_argument(name, **keywords)
     first_look = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first_look.add_argument("--config")
     config = first_look.parse_known_args(arguments)[0].config
-    data_named = any(argument.split("=")[0] in DATA_FLAGS for argument in arguments)
+    flags = {
+        argument.split("=")[0].removeprefix("--").replace("-", "_") for argument in arguments if argument[:2] == "--"
+    }
+    data_named = not flags.isdisjoint(DATA_SOURCES)
     if config is None and not data_named:
         config = default_config
+    options = {} if config is None else _read_yaml(parser, Path(config))
+    data_named = data_named or any(options.get(name) for name in DATA_SOURCES)
     parser.set_defaults(
         **{name: value for name, value in (defaults or {}).items() if not (data_named and name in DATA_SOURCES)}
     )
-    if config is not None:
-        options = _read_yaml(parser, Path(config))
-        unknown = sorted(set(options) - {action.dest for action in parser._actions})
-        if unknown:
-            parser.error(f"{config} has unknown options: {', '.join(unknown)}")
-        parser.set_defaults(**options)
+    parser.set_defaults(**options)
     try:
         *objects, rest = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
     except (ValueError, TypeError) as error:
@@ -121,7 +138,38 @@ def _read_yaml(parser: argparse.ArgumentParser, path: Path) -> dict[str, Any]:
         parser.error(f"--config {path} cannot be read: {error}")
     if not isinstance(options, dict):
         parser.error(f"--config {path} must hold lines of the form `option: value`.")
-    return options
+    actions = {action.dest: action for action in parser._actions if action.dest not in ("help", "config")}
+    if unknown := sorted(str(name) for name in options if name not in actions):
+        parser.error(f"--config {path} has unknown options: {', '.join(unknown)}")
+    try:
+        return {name: _checked(parser, actions[name], value) for name, value in options.items()}
+    except argparse.ArgumentError as error:
+        parser.error(f"--config {path}: {error}")
+
+
+def _checked(parser: argparse.ArgumentParser, action: argparse.Action, value: Any) -> Any:
+    """A value from YAML, converted and checked as if it stood on the command line: argparse trusts defaults."""
+    several = action.nargs in ("*", "+")
+    if isinstance(value, list):
+        if not several:
+            raise argparse.ArgumentError(action, f"takes one value, not the list {value}")
+        return [parser._get_value(action, str(item)) for item in value]
+    if value is None or isinstance(value, dict):
+        return value
+    if value is False and "no" in (action.choices or ()):
+        value = "no"  # which YAML reads as a truth value
+    value = parser._get_value(action, str(value))
+    parser._check_value(action, value)
+    return [value] if several else value
+
+
+@contextmanager
+def one_line_errors(program: str) -> Iterator[None]:
+    """End the process with one line where input is refused; other errors are bugs and keep their traceback."""
+    try:
+        yield
+    except (ValueError, OSError, StrictDataclassError) as error:
+        sys.exit(f"{program}: {' '.join(str(error).split())}")
 
 
 def remember_run(folder: Path, data: DataArguments, seed: int) -> None:

@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 
 from memory_dnc_gpt2 import MemoryState
 
@@ -31,12 +32,20 @@ class DNCTrainingArguments(TrainingArguments):
     lambda_entropy: float = field(default=0.05, metadata={"help": "Weight of the write entropy term."})
 
     def __post_init__(self):
-        for name in ("lambda_routing", "lambda_entropy"):
+        for name in ("lambda_routing", "lambda_entropy", "learning_rate"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name}={getattr(self, name)} is not allowed; it must be a finite number from 0 on.")
+        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} is not allowed; it must be at least 1.")
+        for name in ("num_train_epochs", "logging_steps", "save_steps", "eval_steps"):
+            if getattr(self, name) is not None and not 0 < getattr(self, name) < float("inf"):
+                raise ValueError(f"{name}={getattr(self, name)} is not allowed; it must be a finite number above 0.")
+        output_dir = self.output_dir
         if not torch.accelerator.is_available():
             self.use_cpu = True
         super().__post_init__()
+        self.output_dir = output_dir  # without one the library takes a folder of its own
 
     @property
     def n_gpu(self) -> int:
@@ -92,9 +101,24 @@ class DNCTrainer(Trainer):
             data_collator=collate,
             **kwargs,
         )
+        self.remove_callback(PrinterCallback)  # standard output is for the results
         self.model.config.use_cache = use_cache  # the loss asks for no cache itself; what is saved should generate fast
         if eval_dataset is not None:
             self.add_callback(_EvaluateBeforeSaving())
+
+    def load_finished(self, checkpoint: str) -> bool:
+        """Load model and state of a checkpoint if no step is left to train: `Trainer.train` would train one more.
+
+        Returns:
+            Whether it was so.
+        """
+        state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
+        *_, max_steps = self.set_initial_training_values(self.args, self.get_train_dataloader())
+        if state.global_step < max_steps:
+            return False
+        self._load_from_checkpoint(checkpoint)
+        self.state = state
+        return True
 
     def get_train_dataloader(self) -> DataLoader:
         """Batches of this process: the sampler knows its rank, so that the loader must not be sharded again."""
@@ -203,6 +227,11 @@ class DNCTrainer(Trainer):
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """The library's general card, unless there is a card already: that one tells more."""
+        if not (Path(self.args.output_dir) / "README.md").is_file():
+            super().create_model_card(*args, **kwargs)
 
     # The carried memory is, like the random state, what a process needs to go on as if nothing had happened.
 

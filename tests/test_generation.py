@@ -1,0 +1,186 @@
+"""Generation: with and without a cache, beyond the window, from states and caches, in beams and padded batches."""
+
+import functools
+
+import pytest
+import torch
+from torch import Tensor
+
+from dnc_gpt2 import DNCGPT2LMHeadModel
+from modeling_dnc_gpt2 import DNCGPT2Cache
+
+every_addressing = pytest.mark.parametrize("addressing", ["lru", "dnc", "simplified"])
+
+WINDOW, VOCABULARY = 8, 67  # those of `tiny_config`
+NEW = 2 * WINDOW + 3  # tokens generated: they cross two windows
+
+
+@pytest.fixture
+def tiny_config(tiny_config):
+    """The model is tested with the readable recurrence, to which the fused scans are compared elsewhere."""
+    return functools.partial(tiny_config, scan="eager")
+
+
+def prompt(rows: int = 2, length: int = 5) -> Tensor:
+    return torch.randint(1, VOCABULARY, (rows, length))
+
+
+def generate(model: DNCGPT2LMHeadModel, tokens: Tensor, **options):
+    """Generate NEW tokens, or as many as `max_new_tokens` says, whatever they are."""
+    torch.manual_seed(1)  # sampling draws the same
+    settings = {"max_new_tokens": NEW, "eos_token_id": None, "pad_token_id": 0, "do_sample": False}
+    if "inputs_embeds" not in options:
+        options.setdefault("attention_mask", torch.ones_like(tokens))
+    return model.generate(tokens, **settings | options)
+
+
+def greedy_by_hand(model: DNCGPT2LMHeadModel, tokens: Tensor, **options) -> Tensor:
+    for _ in range(NEW):
+        following = model(tokens, **options).logits[:, -1].argmax(-1, keepdim=True)
+        tokens = torch.cat([tokens, following], 1)
+    return tokens
+
+
+@every_addressing
+def test_greedy_takes_the_likeliest_token_with_and_without_a_cache(tiny_model, addressing):
+    model, tokens = tiny_model(addressing=addressing), prompt()
+    expected = greedy_by_hand(model, tokens)
+    for use_cache in (True, False):
+        assert torch.equal(generate(model, tokens, use_cache=use_cache), expected)
+
+
+@every_addressing
+def test_sampling_draws_the_same_with_and_without_a_cache(tiny_model, addressing):
+    model, tokens = tiny_model(addressing=addressing), prompt()
+    options = {"do_sample": True, "temperature": 1.3, "top_k": 20, "top_p": 0.95, "num_return_sequences": 2}
+    cached, uncached = (generate(model, tokens, use_cache=use_cache, **options) for use_cache in (True, False))
+    assert cached.shape == (4, tokens.shape[1] + NEW)
+    assert torch.equal(cached, uncached) and not torch.equal(cached[0], cached[1])
+
+
+@every_addressing
+def test_beams_with_a_cache_equal_those_without(tiny_model, addressing):
+    model, tokens = tiny_model(addressing=addressing), prompt()
+    options = {"num_beams": 3, "num_return_sequences": 2, "return_dict_in_generate": True, "output_scores": True}
+    cached, uncached = (generate(model, tokens, use_cache=use_cache, **options) for use_cache in (True, False))
+    assert torch.equal(cached.sequences, uncached.sequences)
+    torch.testing.assert_close(cached.sequences_scores, uncached.sequences_scores)
+    # Beams must have changed places, or nothing was tested.
+    assert (cached.beam_indices[:, :NEW] != cached.beam_indices[:, :1]).any()
+
+
+@every_addressing
+def test_scores_equal_the_logits_of_one_pass(tiny_model, addressing):
+    model, tokens = tiny_model(addressing=addressing), prompt()
+    out = generate(model, tokens, return_dict_in_generate=True, output_logits=True)
+    whole = model(out.sequences).logits[:, tokens.shape[1] - 1 : -1]
+    torch.testing.assert_close(torch.stack(out.logits, 1).double(), whole, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("length", [1, WINDOW - 1, WINDOW, WINDOW + 1, 3 * WINDOW])
+def test_prompt_may_end_anywhere_in_a_window(tiny_model, length):
+    model, tokens = tiny_model(), prompt(length=length)
+    assert torch.equal(generate(model, tokens), greedy_by_hand(model, tokens))
+
+
+def test_generation_goes_on_past_the_window_in_constant_memory(tiny_model, monkeypatch):
+    model, held = tiny_model(), []
+    forward = DNCGPT2LMHeadModel.forward
+
+    def watched(*args, **kwargs):
+        out = forward(*args, **kwargs)
+        held.append({layer.keys.shape[2] for layer in out.past_key_values.layers})
+        return out
+
+    monkeypatch.setattr(DNCGPT2LMHeadModel, "forward", watched)
+    mask = torch.ones(2, 5, dtype=torch.long)
+    mask[1, :2] = 0
+    generate(model, prompt(), max_new_tokens=6 * WINDOW, attention_mask=mask)
+    assert len(held) == 6 * WINDOW
+    assert max(max(columns) for columns in held) <= WINDOW
+
+
+@every_addressing
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_each_row_of_a_left_padded_batch_is_generated_as_if_alone(tiny_model, addressing, use_cache):
+    model, lengths = tiny_model(addressing=addressing), [11, 7, 1]
+    tokens, mask = prompt(3, 11), torch.zeros(3, 11, dtype=torch.long)
+    for row, length in enumerate(lengths):
+        mask[row, 11 - length :] = 1
+    together = generate(model, tokens, attention_mask=mask, use_cache=use_cache)
+    for row, length in enumerate(lengths):
+        alone = generate(model, tokens[row : row + 1, 11 - length :])
+        assert torch.equal(together[row, 11 - length :], alone[0])
+
+
+def test_row_that_has_ended_does_not_disturb_the_others(tiny_model):
+    model, tokens = tiny_model(), prompt(3)
+    free = generate(model, tokens)
+    end = int(free[1, 8])
+    stopped = generate(model, tokens, eos_token_id=end)
+    for row in range(3):
+        generated = free[row, 5:].tolist()
+        kept = generated.index(end) + 1 if end in generated else NEW
+        length = min(kept, stopped.shape[1] - 5)
+        assert torch.equal(stopped[row, 5 : 5 + length], free[row, 5 : 5 + length])
+        assert not stopped[row, 5 + length :].any()
+
+
+@every_addressing
+@pytest.mark.parametrize("first", [3, WINDOW - 5, 7, 2 * WINDOW])
+def test_generation_goes_on_from_a_returned_cache(tiny_model, addressing, first):
+    model, tokens = tiny_model(addressing=addressing), prompt()
+    expected = generate(model, tokens, max_new_tokens=first + 9)
+    begun = generate(model, tokens, max_new_tokens=first, return_dict_in_generate=True)
+    assert isinstance(begun.past_key_values, DNCGPT2Cache)
+    continued = generate(model, begun.sequences, max_new_tokens=9, past_key_values=begun.past_key_values)
+    assert torch.equal(continued, expected)
+
+
+def test_generation_goes_on_from_the_cache_of_a_forward_pass(tiny_model):
+    model, tokens = tiny_model(), prompt(length=13)
+    cache = model(tokens[:, :-1], use_cache=True).past_key_values
+    assert torch.equal(generate(model, tokens, past_key_values=cache), generate(model, tokens))
+
+
+@every_addressing
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_generation_starts_from_a_given_memory_state(tiny_model, addressing, use_cache):
+    model, tokens = tiny_model(addressing=addressing), prompt(length=2 * WINDOW + 3)
+    state = model(tokens[:, : 2 * WINDOW]).memory_state
+    continued = generate(model, tokens[:, 2 * WINDOW :], memory_state=state, use_cache=use_cache)
+    assert torch.equal(continued, generate(model, tokens)[:, 2 * WINDOW :])
+
+
+@every_addressing
+def test_given_memory_state_is_shared_by_the_beams_of_its_row(tiny_model, addressing):
+    model, tokens = tiny_model(addressing=addressing), prompt(length=WINDOW + 3)
+    state = model(tokens[:, :WINDOW]).memory_state
+    options = {"num_beams": 3, "num_return_sequences": 2}
+    continued = generate(model, tokens[:, WINDOW:], memory_state=state, **options)
+    assert torch.equal(continued, generate(model, tokens, **options)[:, WINDOW:])
+
+
+def test_generation_does_not_change_the_given_memory_state(tiny_model):
+    model, tokens = tiny_model(), prompt()
+    state = model(prompt(length=WINDOW)).memory_state
+    before = state.map(lambda x: x.clone())
+    generate(model, tokens, memory_state=state)
+    assert all(torch.equal(a, b) for a, b in zip(state, before, strict=True) if a is not None)
+
+
+def test_embeddings_given_as_inputs_generate_as_their_tokens(tiny_model):
+    model, tokens = tiny_model(), prompt()
+    embeds = model.transformer.wte(tokens)
+    generated = generate(model, None, inputs_embeds=embeds)
+    assert torch.equal(generated, generate(model, tokens)[:, 5:])
+
+
+def test_float32_model_of_the_default_start_generates_alike_with_and_without_a_cache(tiny_config):
+    model, tokens = DNCGPT2LMHeadModel(tiny_config(addressing="lru", initializer_range=0.2)).eval(), prompt(3, 4)
+    assert torch.equal(generate(model, tokens), generate(model, tokens, use_cache=False))
+
+
+def test_cache_that_cannot_hold_a_memory_is_refused(tiny_model):
+    with pytest.raises(ValueError, match="cache_implementation='static' cannot hold a memory"):
+        generate(tiny_model(), prompt(), cache_implementation="static")
