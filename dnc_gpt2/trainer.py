@@ -16,7 +16,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from memory_dnc_gpt2 import MemoryState
 
 from .data import IGNORED, ExampleDataset, StreamBatchSampler, collate
-from .evaluation import TOKENS_PER_CHUNK, evaluate, memory_divergence, write_entropy
+from .evaluation import evaluate, memory_divergence, split_tokens, write_entropy
 from .models import backbone_inputs, has_memory
 
 
@@ -188,9 +188,8 @@ class DNCTrainer(Trainer):
         total = self.args.lambda_entropy * entropy
         if outputs.base_logits is not None:
             with torch.no_grad():
-                logits, base_logits = outputs.logits[scored], outputs.base_logits[scored]
-                parts = zip(logits.split(TOKENS_PER_CHUNK), base_logits.split(TOKENS_PER_CHUNK), strict=True)
-                divergence = torch.cat([memory_divergence(*part) for part in parts])
+                pieces = split_tokens(outputs.logits[scored], outputs.base_logits[scored])
+                divergence = torch.cat([memory_divergence(*piece) for piece in pieces])
             routing = -(gates * divergence).sum()
             self._sums["routing_loss"] += routing.detach()
             total = total + self.args.lambda_routing * routing
