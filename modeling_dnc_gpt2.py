@@ -230,10 +230,10 @@ class DNCGPT2PreTrainedModel(GPT2PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
-        """As in transformers, but pickled weights are read only where `use_safetensors=False` asks for them."""
-        if kwargs.get("use_safetensors") is None:
-            kwargs["use_safetensors"] = True
-        return super().from_pretrained(*args, **kwargs)
+        """As in transformers, but from safetensors only: pickled weights can run code."""
+        if kwargs.get("use_safetensors") is False:
+            raise ValueError("use_safetensors=False is not allowed: save the checkpoint again as safetensors.")
+        return super().from_pretrained(*args, **{**kwargs, "use_safetensors": True})
 
     def _upload_modified_files(self, working_dir: str, *args, **kwargs):
         # Transformers has written a generic card there. Where the model was loaded from a folder whose card tells of

@@ -12,6 +12,7 @@ from .tasks import LocatedQuestion, Question, biographies, locate, recall, recal
 
 EMBEDDED_DOCUMENTS = {"train": 600, "validation": 40}
 EMBEDDED_SEEDS = {"train": 0, "validation": 1}
+FEWEST_QUESTIONS = 20
 
 
 @dataclass(frozen=True)
@@ -81,8 +82,16 @@ class Exam:
         return np.arange(len(self.streams)) // window
 
     def recall(self, ranks: np.ndarray, window: int) -> dict[str, Any]:
-        """Recall of a model with attention windows of so many tokens, from the ranks [N - 1] of its targets."""
-        return recall(ranks, self.questions, self._windows(window), self.streams) if self.questions else {}
+        """Recall of a model with attention windows of so many tokens, from the ranks [N - 1] of its targets.
+
+        A distance with fewer than `FEWEST_QUESTIONS` questions says nothing alone: it counts in the whole only.
+        """
+        if not self.questions:
+            return {}
+        results = recall(ranks, self.questions, self._windows(window), self.streams)
+        counts = results["questions_by_distance"]
+        enough = {d: r for d, r in results["recall_by_distance"].items() if counts[d] >= FEWEST_QUESTIONS}
+        return results | {"recall_by_distance": enough}
 
     def guessing(self, window: int) -> dict[str, Any]:
         """What always naming the most frequent candidate recalls outside such windows."""

@@ -1,7 +1,5 @@
 """Generation: with and without a cache, beyond the window, from states and caches, in beams and padded batches."""
 
-import functools
-
 import pytest
 import torch
 from torch import Tensor
@@ -13,12 +11,6 @@ every_addressing = pytest.mark.parametrize("addressing", ["lru", "dnc", "simplif
 
 WINDOW, VOCABULARY = 8, 67  # those of `tiny_config`
 NEW = 2 * WINDOW + 3  # tokens generated: they cross two windows
-
-
-@pytest.fixture
-def tiny_config(tiny_config):
-    """The model is tested with the readable recurrence, to which the fused scans are compared elsewhere."""
-    return functools.partial(tiny_config, scan="eager")
 
 
 def prompt(rows: int = 2, length: int = 5) -> Tensor:

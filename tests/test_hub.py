@@ -1,6 +1,5 @@
 """Sharing: a saved folder is enough to load the model anywhere, and what is pushed says what it is."""
 
-import functools
 import json
 import os
 import subprocess
@@ -51,12 +50,6 @@ for folder in sys.argv[2:]:
         }
     save_file(result, root / f"{Path(folder).name}.result")
 """
-
-
-@pytest.fixture
-def tiny_config(tiny_config):
-    """The model is tested with the readable recurrence, to which the fused scans are compared elsewhere."""
-    return functools.partial(tiny_config, scan="eager")
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """The model: GPT-2's backbone in windows, the memory across them, and the rules of what goes in and comes out."""
 
-import functools
 import pickle
 from pathlib import Path
 
@@ -17,12 +16,6 @@ ADDRESSINGS = ["lru", "dnc", "simplified"]
 every_addressing = pytest.mark.parametrize("addressing", ADDRESSINGS)
 
 WINDOW, VOCABULARY = 8, 67  # those of `tiny_config`
-
-
-@pytest.fixture
-def tiny_config(tiny_config):
-    """The model is tested with the readable recurrence, to which the fused scans are compared elsewhere."""
-    return functools.partial(tiny_config, scan="eager")
 
 
 def random_tokens(rows: int, length: int) -> Tensor:
@@ -767,3 +760,13 @@ def test_cache_takes_no_tokens_back(tiny_model):
     cache = tiny_model()(random_tokens(2, 5), use_cache=True).past_key_values
     with pytest.raises(NotImplementedError, match="memory cannot take tokens back"):
         cache.crop(1)
+
+
+def test_pickled_weights_are_refused(tiny_model, tmp_path):
+    model = tiny_model()
+    model.config.save_pretrained(tmp_path)
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="use_safetensors=False is not allowed"):
+        DNCGPT2LMHeadModel.from_pretrained(tmp_path, use_safetensors=False)
+    with pytest.raises(OSError, match="safetensors"):
+        DNCGPT2LMHeadModel.from_pretrained(tmp_path)

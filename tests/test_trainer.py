@@ -9,6 +9,7 @@ import torch
 from torch.nn.functional import log_softmax
 from transformers import TrainerCallback
 
+import dnc_gpt2.corpus
 from dnc_gpt2.corpus import Corpus, Exam
 from dnc_gpt2.data import EMPTY, IGNORED, ExampleDataset, TokenizedText, collate, train_tokenizer
 from dnc_gpt2.evaluation import evaluate, prediction_columns, write_entropy, write_sparsity
@@ -419,7 +420,7 @@ def test_logits_of_minus_infinity_give_finite_entropy():
     assert columns["entropy"].item() == pytest.approx(math.log(2))
 
 
-def test_recall_on_a_hand_made_case():
+def test_recall_on_a_hand_made_case(monkeypatch):
     document = "ab 12. cd 34. ab 12. xxxxxxxxxxxxxxxxxxxx ab 12. cd 34."
     tokenizer = train_tokenizer([document], 257)  # a token a byte
     tokens = torch.tensor(tokenizer(document)["input_ids"])
@@ -440,7 +441,9 @@ def test_recall_on_a_hand_made_case():
     result = exam.recall(ranks, window=20)
     assert result["recall_inside_window"] == 1.0
     assert result["recall_outside_window"] == 0.5
-    assert result["recall_by_distance"] == {"2": 0.5}
+    assert result["recall_by_distance"] == {}, "two questions say nothing of a distance"
+    monkeypatch.setattr(dnc_gpt2.corpus, "FEWEST_QUESTIONS", 2)
+    assert exam.recall(ranks, window=20)["recall_by_distance"] == {"2": 0.5}
     assert exam.guessing(20) == {"recall_by_guessing": 0.5}
     # Where every example starts empty, a fact in an earlier example was never seen: 1 example a window.
     alone = Exam.of(corpus, ExampleDataset(text, 20, 1), tokenizer)
