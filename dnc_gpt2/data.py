@@ -259,7 +259,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 
 def train_tokenizer(texts: Sequence[str], vocab_size: int) -> GPT2Tokenizer:
-    """Trains a byte-level BPE of GPT-2's kind: lossless, with `<|endoftext|>` as begin, end, padding and unknown token.
+    """Trains a byte-level BPE of GPT-2's kind: lossless, with `<|endoftext|>` as begin, end and unknown token.
 
     The vocabulary is smaller than asked for where no pair occurs twice any more: `len(tokenizer)` tells.
 
@@ -290,7 +290,6 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int) -> GPT2Tokenizer:
         bos_token=END_OF_TEXT,
         eos_token=END_OF_TEXT,
         unk_token=END_OF_TEXT,
-        pad_token=END_OF_TEXT,
         clean_up_tokenization_spaces=False,
     )
 

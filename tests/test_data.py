@@ -247,8 +247,8 @@ def test_the_tokenizer_is_reloaded_from_its_folder_with_the_same_ids(tokenizer, 
         assert reloaded.eos_token_id == tokenizer.eos_token_id
 
 
-def test_one_token_serves_as_begin_end_padding_and_unknown(tokenizer):
-    ids = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id}
+def test_one_token_serves_as_begin_end_and_unknown(tokenizer):
+    ids = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id}
     assert ids == {tokenizer.convert_tokens_to_ids(END_OF_TEXT)}
 
 
