@@ -89,6 +89,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     for kind, model in models.items():
         arguments_of_kind = copy.copy(training)
         arguments_of_kind.output_dir = str(run / kind)
+        if training.hub_model_id and len(models) > 1:
+            arguments_of_kind.hub_model_id = f"{training.hub_model_id}-{kind}"  # a repository each
         set_seed(training.seed)
         trainers[kind] = trainer = DNCTrainer(
             model,

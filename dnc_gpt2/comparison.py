@@ -58,15 +58,20 @@ def compare_checkpoints(
     for path in checkpoints.values():
         require_checkpoint(path)
     tokenizers = {name: load_tokenizer(path) for name, path in checkpoints.items()}
+    corpus = load_corpus(data, ("validation",))
+    sample = corpus.texts["validation"][0][:10_000]
     reference, *others = tokenizers
+    tokenizer = tokenizers[reference]
     for other in others:
-        if tokenizers[other].get_vocab() != tokenizers[reference].get_vocab():
+        # Equal vocabularies may still cut a text differently.
+        if (tokenizers[other].get_vocab(), _ids(tokenizers[other], sample)) != (
+            tokenizer.get_vocab(),
+            _ids(tokenizer, sample),
+        ):
             raise ValueError(
                 f"{checkpoints[other]} and {checkpoints[reference]} have different tokenizers, so that their numbers "
                 "cannot be compared: compare checkpoints of one tokenizer."
             )
-    tokenizer = tokenizers[reference]
-    corpus = load_corpus(data, ("validation",))
     text = tokenize_texts(corpus.texts["validation"], tokenizer, "validation", data.max_eval_tokens)
     dataset = evaluation_dataset(text, data)
     exam = Exam.of(corpus, dataset, tokenizer) if corpus.questions else None
@@ -126,6 +131,10 @@ def compare_checkpoints(
     return comparison
 
 
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+
 def evaluation_dataset(text: TokenizedText, data: DataArguments) -> ExampleDataset:
     """The validation examples, as the options say that they are read."""
     return ExampleDataset(
@@ -144,7 +153,7 @@ def inspect_writes(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, t
     Raises:
         ValueError: the text has no token.
     """
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    ids = _ids(tokenizer, text)
     if not ids:
         raise ValueError("The text to inspect is empty: give --inspect a text with at least one token.")
     device = next(model.parameters()).device
