@@ -54,7 +54,8 @@ def _compile_kernels() -> None:
     for function, options in _KERNELS:
         try:
             compiled = numba.njit(**{**usual, **options})(function)
-        except RuntimeError:  # no writable place for numba's cache
+        except RuntimeError as error:  # numba found no writable place for its cache
+            logger.warning_once(f"The memory's kernels are compiled anew in every process: {error}.")
             compiled = numba.njit(**{**usual, **options, "cache": False})(function)
         globals()[function.__name__] = compiled
 

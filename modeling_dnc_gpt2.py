@@ -18,7 +18,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import ModelOutput
 from transformers.modeling_utils import slice_logits_to_keep
-from transformers.utils import can_return_tuple, logging
+from transformers.utils import can_return_tuple
 
 try:
     from .configuration_dnc_gpt2 import DNCGPT2Config
@@ -26,8 +26,6 @@ try:
 except ImportError:
     from configuration_dnc_gpt2 import DNCGPT2Config
     from memory_dnc_gpt2 import DNCMemory, MemoryState
-
-logger = logging.get_logger(__name__)
 
 
 class DNCGPT2Cache(DynamicCache):

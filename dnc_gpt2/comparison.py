@@ -63,11 +63,8 @@ def compare_checkpoints(
     reference, *others = tokenizers
     tokenizer = tokenizers[reference]
     for other in others:
-        # Equal vocabularies may still cut a text differently.
-        if (tokenizers[other].get_vocab(), _ids(tokenizers[other], sample)) != (
-            tokenizer.get_vocab(),
-            _ids(tokenizer, sample),
-        ):
+        same_vocabulary = tokenizers[other].get_vocab() == tokenizer.get_vocab()
+        if not same_vocabulary or _ids(tokenizers[other], sample) != _ids(tokenizer, sample):
             raise ValueError(
                 f"{checkpoints[other]} and {checkpoints[reference]} have different tokenizers, so that their numbers "
                 "cannot be compared: compare checkpoints of one tokenizer."

@@ -146,6 +146,15 @@ def test_earlier_results_are_kept_unless_they_may_be_replaced(checkpoints, tmp_p
     refused([*checkpoints, "--output_dir", str(tmp_path / "file")], "is a file", "--output_dir")
 
 
+def test_tokenizers_of_one_vocabulary_that_cut_differently_are_refused(checkpoints, tmp_path, monkeypatch):
+    monkeypatch.setattr(comparison_module, "evaluate", lambda *_, **__: pytest.fail("evaluation has started"))
+    other = tmp_path / "other"
+    shutil.copytree(checkpoints[0], other, ignore=shutil.ignore_patterns("checkpoint-*"))
+    settings = json.loads((other / "tokenizer_config.json").read_text())
+    (other / "tokenizer_config.json").write_text(json.dumps({**settings, "add_prefix_space": True}))
+    refused([checkpoints[1], str(other), "--output_dir", str(tmp_path / "out")], str(other), "different tokenizers")
+
+
 def test_mismatching_tokenizers_are_refused(folder, checkpoints, tmp_path, monkeypatch):
     monkeypatch.setattr(comparison_module, "evaluate", lambda *_, **__: pytest.fail("evaluation has started"))
     other = tmp_path / "other"

@@ -3,6 +3,7 @@
 The first run compiles the kernels (a minute or so); numba keeps them for the next.
 """
 
+import importlib.util
 import logging
 
 import pytest
@@ -260,3 +261,22 @@ def test_missing_numba_is_logged_once_and_refused_where_asked_for(monkeypatch, c
     config.scan = "numba"
     with pytest.raises(RuntimeError, match="pip install numba"):
         kernels.fused_scan(x, state, config)
+
+
+def test_cache_that_cannot_be_written_is_logged_once(monkeypatch, caplog):
+    import numba
+
+    def refusing(**options):
+        if options.get("cache"):
+            raise RuntimeError("cannot cache function (test)")
+        return lambda function: function
+
+    # A copy under a name of its own: compiling replaces a module's functions.
+    spec = importlib.util.spec_from_file_location("kernels_without_cache", kernels.__file__)
+    copy = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(copy)
+    monkeypatch.setattr(numba, "njit", refusing)
+    monkeypatch.setattr(copy.logger, "propagate", True)
+    with caplog.at_level(logging.WARNING):
+        copy._compile_kernels()
+    assert sum("cannot cache function (test)" in record.getMessage() for record in caplog.records) == 1
