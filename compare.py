@@ -5,6 +5,7 @@
 Checkpoints that train.py saved know their data; name a split with the data options to use another.
 """
 
+import shlex
 import sys
 from collections import Counter
 from dataclasses import dataclass, field
@@ -17,7 +18,8 @@ from transformers import logging as transformers_logging
 
 from dnc_gpt2.comparison import compare_checkpoints, printed
 from dnc_gpt2.data import DataArguments
-from dnc_gpt2.options import INSPECT_OPTION, one_line_errors, parse, recall_run
+from dnc_gpt2.opponents import SCORED, TRAINED, trained_folder
+from dnc_gpt2.options import INSPECT_OPTION, OPPONENTS_OPTION, one_line_errors, parse, recall_run
 
 
 @dataclass
@@ -46,6 +48,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     extra = {
         "checkpoints": {"nargs": "+", "help": "Folders or hub names of two or more causal language models."},
         **INSPECT_OPTION,
+        **OPPONENTS_OPTION,
     }
     options, data, lists = parse((CompareArguments, DataArguments), arguments, extra=extra)
     run = next(filter(None, map(recall_run, lists.checkpoints)), None)
@@ -67,10 +70,12 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
             sys.exit(f"compare.py: --reference {options.reference} is none of {', '.join(lists.checkpoints)}.")
         # A stable sort that puts the reference first.
         checkpoints = dict(sorted(checkpoints.items(), key=lambda item: options.reference not in item))
+    checkpoints |= trained_opponents(lists.opponents, checkpoints, run)
     comparison = compare_checkpoints(
         checkpoints,
         data,
         options.output_dir,
+        opponents=[name for name in lists.opponents if name in SCORED],
         accelerator=accelerator,
         batch_size=options.batch_size,
         seed=run["seed"] if run else None,
@@ -92,6 +97,27 @@ def named(checkpoints: list[str]) -> dict[str, str]:
     if len(set(names)) < len(names):
         sys.exit(f"compare.py: a checkpoint is named twice in {' '.join(checkpoints)}; name each once.")
     return dict(zip(names, checkpoints, strict=True))
+
+
+def trained_opponents(opponents: list[str], checkpoints: dict[str, str], run: dict[str, Any] | None) -> dict[str, str]:
+    """Name -> checkpoint of the opponents that are models of their own, from the folders beside the checkpoints.
+
+    Ends the process where some are missing; `run` is what the checkpoints remember of their training.
+    """
+    wanted = [name for name in opponents if name in TRAINED]
+    folders = {name: trained_folder(name, list(checkpoints.values())) for name in wanted}
+    if missing := [name for name, folder in folders.items() if folder is None]:
+        arguments = (run or {}).get("arguments", ["..."])
+        if any(argument.startswith("--overwrite_output_dir") for argument in arguments):
+            arguments = [*arguments, "--overwrite_output_dir", "false"]
+        command = shlex.join(["python", "train.py", *arguments, "--opponents", ",".join(opponents)])
+        sys.exit(
+            f"compare.py: --opponents {','.join(missing)} not found beside {', '.join(checkpoints.values())}; train "
+            f"with: {command} --resume_from_checkpoint true"
+        )
+    given = {Path(path).resolve() for path in checkpoints.values()}
+    found = {name: folder for name, folder in folders.items() if Path(folder).resolve() not in given}
+    return {folder if TRAINED[name] in checkpoints else TRAINED[name]: folder for name, folder in found.items()}
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from transformers.activations import ACT2FN
 
 ADDRESSINGS = ("lru", "dnc", "simplified")
 READ_PROJECTION_INITS = ("transpose", "zero", "normal")
-SCANS = ("auto", "eager", "numba")
+SCANS = ("auto", "eager", "numba", "triton")
 
 
 @strict
@@ -33,13 +33,16 @@ class DNCGPT2Config(GPT2Config):
             backbone) or `"normal"`. `None` means `"transpose"` for `"lru"` and `"normal"` otherwise.
         temporal_links: follow the order of writes when reading (`"dnc"`).
         masked_content, erase_on_free, sharpen_links: the three improvements of Csordas and Schmidhuber 2019 (`"dnc"`).
-        scan: implementation of the recurrence: `"auto"`, `"eager"` or `"numba"`.
+        scan: implementation of the recurrence: `"auto"` (numba on the CPU, Triton on CUDA), `"eager"`, `"numba"` or
+            `"triton"`.
 
     Raises:
         StrictDataclassError: a value outside its range; the message names the field, the value and what is allowed.
     """
 
     model_type = "dnc_gpt2"
+    # What `Trainer` does not gather from predictions.
+    keys_to_ignore_at_inference = ["past_key_values", "memory_state"]
 
     mem_slots: int = 64
     mem_width: int = 128

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import initialization as init
+from transformers.utils.generic import maybe_autocast
 
 try:
     from .configuration_dnc_gpt2 import DNCGPT2Config
@@ -35,7 +36,7 @@ class MemoryState(NamedTuple):
     link: Tensor | None  # [B, N, N], "dnc" with temporal links
     precedence: Tensor | None  # [B, N], "dnc" with temporal links
     previous_hidden: Tensor  # [B, H], final hidden state of the last token
-    started: Tensor  # [B] bool: previous_hidden holds a token of this document
+    started: Tensor  # [B], 1 where previous_hidden holds a token of this document, else 0
 
     def map(self, function) -> "MemoryState":
         """The state with `function` applied to every tensor."""
@@ -46,9 +47,8 @@ class MemoryState(NamedTuple):
         return self.map(Tensor.detach)
 
     def to(self, *args, **kwargs) -> "MemoryState":
-        """`Tensor.to` for every tensor; `started` stays boolean."""
-        device = self.memory.to(*args, **kwargs).device
-        return self.map(lambda x: x.to(*args, **kwargs) if x.is_floating_point() else x.to(device))
+        """`Tensor.to` for every tensor."""
+        return self.map(lambda x: x.to(*args, **kwargs))
 
     def index_select(self, rows: Tensor) -> "MemoryState":
         """The state of the given batch rows (LongTensor), in their order."""
@@ -299,9 +299,13 @@ class DNCMemory(nn.Module):
     def __init__(self, config: DNCGPT2Config):
         super().__init__()
         self.config = config
+        # Looking something up in a config takes as long as a small matrix product.
+        self.addressing, self.address_columns = config.addressing, config.address_columns
+        self.num_reads, self.token_shift = config.num_reads, config.token_shift
         hidden, width, address, heads = config.n_embd, config.mem_width, config.address_columns, config.num_reads
+        self.state_shapes = self._state_shapes()
         if config.addressing == "lru":
-            self.embedding_scale = nn.Parameter(torch.empty(()))
+            self.embedding_scale = nn.Parameter(torch.empty(1))  # not a scalar, which fully_shard refuses
             self.write_address = nn.Linear(hidden, address, bias=False)
             self.write_value = nn.Linear(hidden, width - address, bias=False)
             self.write_key = nn.Linear(2 * hidden, address)
@@ -317,7 +321,7 @@ class DNCMemory(nn.Module):
         self.read_key = nn.Linear(hidden, heads * width)
         self.read_projection = nn.Linear(heads * width, hidden)
         if config.addressing == "simplified":
-            self.temperature = nn.Parameter(torch.empty(()))
+            self.temperature = nn.Parameter(torch.empty(1))
             self.write_control = nn.Linear(hidden, 1)  # write gate
             return
         self.write_control = nn.Linear(hidden, 3)  # write gate, allocation gate, strength of the content key
@@ -330,37 +334,38 @@ class DNCMemory(nn.Module):
 
     def initial_state(self, batch_size: int, device: torch.device, dtype: torch.dtype = torch.float32) -> MemoryState:
         """The empty memory of `batch_size` new documents."""
-        shapes = self._state_shapes(batch_size)
-        zeros = {name: shape and torch.zeros(shape, device=device, dtype=dtype) for name, shape in shapes.items()}
-        return MemoryState(**zeros)._replace(started=torch.zeros(batch_size, device=device, dtype=torch.bool))
+        zeros = {
+            name: None if shape is None else torch.zeros((batch_size, *shape), device=device, dtype=dtype)
+            for name, shape in self.state_shapes.items()
+        }
+        return MemoryState(**zeros)
 
-    def _state_shapes(self, batch_size: int) -> dict[str, tuple[int, ...] | None]:
+    def _state_shapes(self) -> dict[str, tuple[int, ...] | None]:
+        """Shapes of a state's tensors but for the batch."""
         config = self.config
         slots, heads = config.mem_slots, config.num_reads
         links = config.addressing == "dnc" and config.temporal_links
         return {
-            "memory": (batch_size, slots, config.mem_width),
-            "usage": (batch_size, slots),
-            "write_weights": (batch_size, slots),
-            "read_weights": (batch_size, heads, slots),
-            "link": (batch_size, slots, slots) if links else None,
-            "precedence": (batch_size, slots) if links else None,
-            "previous_hidden": (batch_size, config.n_embd),
-            "started": (batch_size,),
+            "memory": (slots, config.mem_width),
+            "usage": (slots,),
+            "write_weights": (slots,),
+            "read_weights": (heads, slots),
+            "link": (slots, slots) if links else None,
+            "precedence": (slots,) if links else None,
+            "previous_hidden": (config.n_embd,),
+            "started": (),
         }
 
     def check_state(self, state: MemoryState, batch_size: int) -> None:
         """Raise a ValueError that names the field where `state` does not fit this memory and batch."""
-        for name, shape in self._state_shapes(batch_size).items():
-            tensor = getattr(state, name)
+        for (name, shape), tensor in zip(self.state_shapes.items(), state, strict=True):
             found = None if tensor is None else tuple(tensor.shape)
-            if found != shape:
+            expected = None if shape is None else (batch_size, *shape)
+            if found != expected:
                 raise ValueError(
-                    f"memory_state.{name} has shape {found}, but this model and batch need {shape}: pass the state "
+                    f"memory_state.{name} has shape {found}, but this model and batch need {expected}: pass the state "
                     "that the same model returned for the same rows, or None for an empty memory."
                 )
-        if state.started.dtype != torch.bool:
-            raise ValueError(f"memory_state.started must be of dtype torch.bool, not {state.started.dtype}.")
 
     def forward(
         self,
@@ -391,21 +396,21 @@ class DNCMemory(nn.Module):
         if reset is not None:
             reset = reset if mask is None else reset & mask
         previous, has_previous, last_hidden, started = self._previous_hidden(hidden_states, state, mask, reset)
-        if self.config.addressing == "lru":
+        if self.addressing == "lru":
             interface, read_gates = self._lru_interface(hidden_states, token_embeddings, previous, has_previous)
-        elif self.config.addressing == "dnc":
+        elif self.addressing == "dnc":
             interface, read_gates = self._dnc_interface(hidden_states), None
         else:
             interface, read_gates = self._simplified_interface(hidden_states), None
         interface = MemoryInterface(*(None if x is None else x.to(dtype) for x in interface))
         interface = interface._replace(mask=mask, reset=reset)
-        with torch.autocast(hidden_states.device.type, enabled=False):
+        with maybe_autocast(hidden_states.device.type, enabled=False):
             output = fused_scan(interface, state, self.config)
             output = recurrence(interface, state, self.config) if output is None else ScanOutput(*output)
-        state = output.state._replace(previous_hidden=last_hidden, started=started)
+        state = output.state._replace(previous_hidden=last_hidden, started=started.to(dtype))
         reads = output.reads
         if read_gates is not None:
-            reads = reads[..., self.config.address_columns :] * read_gates[..., None]
+            reads = reads[..., self.address_columns :] * read_gates[..., None]
         read_hidden = self.read_projection(reads.flatten(2).to(hidden_states.dtype))
         write_gates = interface.write_gates if mask is None else interface.write_gates * mask
         return MemoryOutput(read_hidden, write_gates, output.write_weights, output.read_weights, state)
@@ -418,23 +423,22 @@ class DNCMemory(nn.Module):
         Returns: previous [B, T, H] (zero where there is none), has_previous [B, T], last [B, H], started [B].
         """
         batch, tokens, _ = hidden.shape
-        stored = state.previous_hidden[:, None]
-        # In the state's dtype, so that a call of padding alone leaves it bit-equal.
-        history = torch.cat([torch.where(state.started[:, None, None], stored, 0.0), hidden.to(stored.dtype)], dim=1)
+        started = state.started > 0
+        stored = torch.where(started[:, None, None], state.previous_hidden[:, None], 0.0)
         if mask is None and reset is None:
-            ones = torch.ones(batch, tokens, dtype=torch.bool, device=hidden.device)
-            return (
-                history[:, :-1].to(hidden.dtype),
-                torch.cat([state.started[:, None], ones[:, 1:]], 1),
-                history[:, -1],
-                ones[:, 0],
-            )
+            previous, has_previous = stored.to(hidden.dtype), started[:, None]
+            if tokens > 1:
+                previous = torch.cat([previous, hidden[:, :-1]], dim=1)
+                has_previous = F.pad(has_previous, (0, tokens - 1), value=True)
+            return previous, has_previous, hidden[:, -1].to(stored.dtype), torch.ones_like(started)
+        # In the state's dtype, so that a call of padding alone leaves it bit-equal.
+        history = torch.cat([stored, hidden.to(stored.dtype)], dim=1)
         # Index 0 stands for the state, index t + 1 for token t.
         index = torch.arange(tokens + 1, device=hidden.device).expand(batch, -1)
         real = index[:, 1:] if mask is None else torch.where(mask, index[:, 1:], 0)
         latest = torch.cat([index[:, :1], real], 1).cummax(dim=1).values
         previous = latest[:, :-1]
-        has_previous = (previous > 0) | state.started[:, None]
+        has_previous = (previous > 0) | started[:, None]
         if reset is not None:
             latest_reset = torch.where(reset, index[:, 1:], 0).cummax(dim=1).values
             has_previous = has_previous & (latest_reset <= previous)
@@ -442,27 +446,26 @@ class DNCMemory(nn.Module):
         last = latest[:, -1]
         last_hidden = history[torch.arange(batch, device=hidden.device), last]
         previous_hidden = torch.where(has_previous[..., None], gathered, 0.0).to(hidden.dtype)
-        return previous_hidden, has_previous, last_hidden, (last > 0) | state.started
+        return previous_hidden, has_previous, last_hidden, (last > 0) | started
 
     def _lru_interface(
         self, hidden: Tensor, embeddings: Tensor, previous: Tensor, has_previous: Tensor
     ) -> tuple[MemoryInterface, Tensor]:
-        config = self.config
-        if not config.token_shift:
+        if not self.token_shift:
             previous, has_previous = hidden, torch.ones_like(has_previous)
-        token = self.embedding_scale * F.normalize(embeddings, dim=-1)
-        control = torch.cat([previous, token.to(previous.dtype)], dim=-1)
+        token = (self.embedding_scale * unit(embeddings)).to(previous.dtype)
+        control = torch.cat([previous, token], dim=-1)
         write_gate, allocation_gate, strength = self.write_control(control).unbind(-1)
-        address = F.normalize(self.write_address(previous), dim=-1)
-        read_strength, read_gate = self.read_control(hidden).unflatten(-1, (2, config.num_reads)).unbind(-2)
+        address = unit(self.write_address(previous))
+        read_strength, read_gate = self.read_control(hidden).unflatten(-1, (2, self.num_reads)).unbind(-2)
         interface = MemoryInterface(
-            write_keys=F.normalize(self.write_key(control), dim=-1),
+            write_keys=unit(self.write_key(control)),
             write_strengths=one_plus(strength),
             write_vectors=torch.cat([address, self.write_value(token)], dim=-1),
             erase_vectors=torch.sigmoid(self.erase(control)),
             write_gates=torch.sigmoid(write_gate) * has_previous,  # a document's first token writes nothing
             allocation_gates=torch.sigmoid(allocation_gate),
-            read_keys=F.normalize(self._per_head(self.read_key(hidden)), dim=-1),
+            read_keys=unit(self._per_head(self.read_key(hidden))),
             read_strengths=one_plus(read_strength),
         )
         return interface, torch.sigmoid(read_gate)
@@ -490,7 +493,7 @@ class DNCMemory(nn.Module):
         )
 
     def _simplified_interface(self, hidden: Tensor) -> MemoryInterface:
-        heads = self.config.num_reads
+        heads = self.num_reads
         return MemoryInterface(
             write_keys=self.write_key(hidden),
             write_strengths=self.temperature.expand(hidden.shape[:2]),
@@ -503,7 +506,7 @@ class DNCMemory(nn.Module):
 
     def _per_head(self, x: Tensor) -> Tensor:
         """[B, T, R * K] -> [B, T, R, K]."""
-        return x.unflatten(-1, (self.config.num_reads, -1))
+        return x.unflatten(-1, (self.num_reads, -1))
 
     @torch.no_grad()
     def init_weights(self) -> None:
@@ -533,6 +536,11 @@ class DNCMemory(nn.Module):
             init.copy_(self.read_projection.weight, transposed)
         elif config.initial_read_projection == "zero":
             init.zeros_(self.read_projection.weight)
+
+
+def unit(x: Tensor) -> Tensor:
+    """x / |x| over the last dimension, 0 for 0, in at least float32: half precision has no epsilon small enough."""
+    return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)
 
 
 def one_plus(x: Tensor) -> Tensor:

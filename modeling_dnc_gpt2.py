@@ -6,170 +6,39 @@ the left, so that plain causal attention is right for every padding and packing.
 """
 
 import json
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from huggingface_hub import ModelCard
 from torch import Tensor, nn
-from transformers import GPT2Model, GPT2PreTrainedModel
-from transformers.cache_utils import Cache, DynamicCache
-from transformers.generation import GenerationMixin
+from transformers import GPT2Config, GPT2Model, GPT2PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache, StaticCache
+from transformers.generation import GenerationConfig, GenerationMixin, MaxLengthCriteria, StoppingCriteriaList
 from transformers.modeling_outputs import ModelOutput
 from transformers.modeling_utils import slice_logits_to_keep
-from transformers.utils import can_return_tuple
+from transformers.utils import can_return_tuple, logging
+from transformers.utils.generic import is_flash_attention_requested
 
 try:
+    from .cache_dnc_gpt2 import DNCGPT2Cache, DNCGPT2StaticCache, Folding, Record, Rows, last_real, locate
     from .configuration_dnc_gpt2 import DNCGPT2Config
-    from .memory_dnc_gpt2 import DNCMemory, MemoryState
+    from .losses_dnc_gpt2 import causal_lm_losses
+    from .masks_dnc_gpt2 import Ancestry, branching_memory, visible_tokens
+    from .memory_dnc_gpt2 import DNCMemory, MemoryOutput, MemoryState
 except ImportError:
+    from cache_dnc_gpt2 import DNCGPT2Cache, DNCGPT2StaticCache, Folding, Record, Rows, last_real, locate
     from configuration_dnc_gpt2 import DNCGPT2Config
-    from memory_dnc_gpt2 import DNCMemory, MemoryState
+    from losses_dnc_gpt2 import causal_lm_losses
+    from masks_dnc_gpt2 import Ancestry, branching_memory, visible_tokens
+    from memory_dnc_gpt2 import DNCMemory, MemoryOutput, MemoryState
 
 
-class DNCGPT2Cache(DynamicCache):
-    """Keys and values of each row's current window, and the memory state.
-
-    Columns that no row needs any more are dropped, so that it never holds more than a window and the last call.
-
-    Attributes:
-        memory_state: the state after the last token; `None` before the first.
-        current: [B, K] bool, whether a cached column is a real token of its row's current window.
-        last_positions: [B], position of each row's last real token, -1 before the first.
-        seen_tokens: number of columns (padding included) that have passed through.
-    """
-
-    def __init__(self, config: DNCGPT2Config):
-        super().__init__(config=config)
-        self._forget()
-
-    def _forget(self) -> None:
-        self.memory_state: MemoryState | None = None
-        self.current: Tensor | None = None
-        self.last_positions: Tensor | None = None
-        self.seen_tokens = 0
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Tokens seen so far, not tokens held: `generate` counts in these."""
-        return self.seen_tokens
-
-    def keep(self, columns: Tensor | slice) -> None:
-        """Keep these columns of the keys and values: a slice, or [B, K] an index a row."""
-        for layer in self.layers:
-            if isinstance(columns, slice):
-                layer.keys, layer.values = layer.keys[:, :, columns], layer.values[:, :, columns]
-            else:
-                index = columns[:, None, :, None].expand(-1, layer.keys.shape[1], -1, layer.keys.shape[3])
-                layer.keys, layer.values = layer.keys.gather(2, index), layer.values.gather(2, index)
-
-    def _map_rows(self, function) -> None:
-        if self.memory_state is not None:
-            self.memory_state = self.memory_state.map(function)
-            self.current = function(self.current)
-            self.last_positions = function(self.last_positions)
-
-    def reset(self) -> None:
-        super().reset()
-        self._forget()
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        super().reorder_cache(beam_idx)
-        self._map_rows(lambda x: x.index_select(0, beam_idx.to(x.device)))
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        super().batch_repeat_interleave(repeats)
-        self._map_rows(lambda x: x.repeat_interleave(repeats, dim=0))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        super().batch_select_indices(indices)
-        self._map_rows(lambda x: x[indices.to(x.device)])
-
-    def crop(self, tokens_to_remove: int) -> None:
-        raise NotImplementedError("The memory cannot take tokens back: go on from a cache of before these tokens.")
-
-
-class WindowLayout(NamedTuple):
-    """Where each token of a [B, T] batch is attended to. Values at masked tokens mean nothing."""
-
-    windows: Tensor  # [B, T], 0 for the row's first window (or the one it continues), then 1, 2, ...
-    columns: Tensor  # [B, T], how many tokens of the same window come before it in this call
-    positions: Tensor  # [B, T]
-    restarts: Tensor | None  # [B, T] bool, tokens whose position does not follow on: a new document begins
-
-
-def locate(
-    mask: Tensor, position_ids: Tensor | None, window_size: int, last_positions: Tensor | None = None
-) -> WindowLayout:
-    """Lay out the real tokens (`mask` [B, T] bool) in attention windows.
-
-    Args:
-        position_ids: [B, T]; `None` counts the real tokens on from `last_positions`.
-        last_positions: [B], position of the last token of an earlier call, -1 for none.
-    """
-    counts = mask.long().cumsum(-1)
-    if last_positions is None:
-        last_positions = torch.full_like(counts[:, 0], -1)
-    if position_ids is None:
-        positions, restarts = last_positions[:, None] + counts, None
-        windows = positions // window_size - last_positions.clamp_min(0)[:, None] // window_size
-        begins = positions % window_size == 0
-    else:
-        positions = position_ids.expand(mask.shape)
-        before = previous_real(positions, mask, last_positions)
-        restarts = mask & (positions <= before)
-        crossed = positions // window_size != before // window_size
-        begins = mask & (before >= 0) & (restarts | crossed)
-        windows = begins.long().cumsum(-1)
-        begins = begins | (mask & (before < 0))
-    # The count of real tokens where the current window began, -1 + count so that the first column is 0.
-    start = torch.where(begins & mask, counts - 1, 0).cummax(-1).values
-    return WindowLayout(windows, counts - 1 - start, positions, restarts)
-
-
-def previous_real(values: Tensor, mask: Tensor, first: Tensor) -> Tensor:
-    """For each token the value [B, T] of the real token before it, `first` [B] where there is none."""
-    index = torch.arange(1, values.shape[1] + 1, device=values.device) * mask
-    latest = nn.functional.pad(index, (1, 0)).cummax(-1).values[:, :-1]
-    return torch.cat([first[:, None], values], dim=1).gather(1, latest)
-
-
-def last_real(values: Tensor, mask: Tensor, default: Tensor) -> Tensor:
-    """The value [B, T] of each row's last real token, `default` [B] where it has none."""
-    index = (torch.arange(1, values.shape[1] + 1, device=values.device) * mask).amax(-1, keepdim=True)
-    return torch.cat([default[:, None], values], dim=1).gather(1, index)[:, 0]
-
-
-class Folding:
-    """Moves tokens between a batch [B, T] and its windows as rows [B * windows, columns] of their own."""
-
-    def __init__(self, layout: WindowLayout, mask: Tensor, window_size: int, num_windows: int):
-        self.batch, self.tokens = mask.shape
-        self.num_windows, self.size = num_windows, min(window_size, self.tokens)
-        rows = torch.arange(self.batch, device=mask.device)[:, None]
-        index = (rows * num_windows + layout.windows) * self.size + layout.columns
-        self.trash = self.batch * num_windows * self.size  # where masked tokens go and come from
-        self.index = torch.where(mask, index, self.trash)
-
-    def fold(self, x: Tensor) -> Tensor:
-        """[B, T, ...] -> [B * windows, columns, ...], zero where no token lives."""
-        folded = x.new_zeros((self.trash + 1, *x.shape[2:]))
-        # Masked tokens all land in the last place, which is cut off.
-        folded = folded.index_copy(0, self.index.flatten(), x.flatten(0, 1))
-        return folded[:-1].unflatten(0, (-1, self.size))
-
-    def unfold(self, x: Tensor) -> Tensor:
-        """[B * windows, columns, ...] -> [B, T, ...], zero at masked tokens."""
-        flat = torch.cat([x.flatten(0, 1), x.new_zeros((1, *x.shape[2:]))])
-        return flat[self.index]
-
-    def unfold_attention(self, x: Tensor) -> Tensor:
-        """[B * windows, heads, columns, columns] -> [B, heads, T, T], zero between windows."""
-        queries = self.unfold(x.transpose(1, 2))  # [B, T, heads, columns]
-        columns = (self.index % self.size)[:, None, None].expand(-1, *queries.shape[1:3], -1)
-        window = torch.where(self.index == self.trash, -1, self.index // self.size)
-        same = (window[:, :, None] == window[:, None]) & (window[:, None] >= 0)
-        return (queries.gather(-1, columns) * same[:, :, None]).transpose(1, 2)
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -202,13 +71,18 @@ class DNCGPT2CausalLMOutput(ModelOutput):
 
     Attributes:
         loss: cross-entropy alone, whatever else a trainer adds.
-        logits: [B, T, V].
+        logits: [B, T, V], unless `output_logits=False`.
         base_logits: [B, T, V] with `output_base_logits`: of the same hidden states without the read.
+        correct: [B, T] bool with `output_logits=False`: whether the target is the most probable token.
+        divergence: [B, T] with `output_logits=False` and `output_divergence`: KL(p_memory || p_no_memory) in nats of
+            the scored tokens that it was asked for, else 0. Detached.
     """
 
     loss: Tensor | None = None
     logits: Tensor | None = None
     base_logits: Tensor | None = None
+    correct: Tensor | None = None
+    divergence: Tensor | None = None
     past_key_values: Cache | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
@@ -224,7 +98,8 @@ class DNCGPT2PreTrainedModel(GPT2PreTrainedModel):
     config: DNCGPT2Config
     config_class = DNCGPT2Config
     _no_split_modules = ["GPT2Block", "DNCMemory"]
-    _can_compile_fullgraph = False
+    _can_compile_fullgraph = True
+    _is_stateful = False
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
@@ -262,13 +137,30 @@ class DNCGPT2PreTrainedModel(GPT2PreTrainedModel):
             module.init_weights()
 
 
+def _give_peft_defaults() -> None:
+    """Let PEFT, where it is imported, adapt the backbone as it adapts GPT-2 if no target modules are named.
+
+    PEFT keeps these defaults in tables by model type, to which there is no other way. It is not imported for this.
+    """
+    constants = sys.modules.get("peft.utils.constants")
+    for name, table in vars(constants).items() if constants else ():
+        if name.startswith("TRANSFORMERS_MODELS_TO_") and GPT2Config.model_type in table:
+            table.setdefault(DNCGPT2Config.model_type, table[GPT2Config.model_type])
+
+
 class DNCGPT2Model(DNCGPT2PreTrainedModel, GPT2Model):
     """GPT-2's backbone with a memory at its top. Parameters are named as in `GPT2Model`, plus `memory.*`."""
 
     def __init__(self, config: DNCGPT2Config):
         GPT2Model.__init__(self, config)
         self.memory = DNCMemory(config)
+        _give_peft_defaults()
         self.post_init()
+
+    @property
+    def window_size(self) -> int:
+        """Tokens of an attention window."""
+        return self.wpe.num_embeddings
 
     @can_return_tuple
     def forward(
@@ -291,7 +183,9 @@ class DNCGPT2Model(DNCGPT2PreTrainedModel, GPT2Model):
 
         Args:
             input_ids: [B, T], any T.
-            attention_mask: [B, T], or [B, past + T] with a cache; 0 marks padding, anywhere in a row.
+            attention_mask: [B, T], or [B, past + T] with a cache; 0 marks padding, anywhere in a row. Or a custom mask
+                [B or 1, heads or 1, T, past + T], bool or additive: each token's memory goes on from that after the
+                last token before it that it sees, even where several continue the same one.
             position_ids: [B, T]. Without them the real tokens of each row are counted. Where a position does not
                 exceed the one before, a new document begins, with an empty memory.
             past_key_values: a cache that this model returned, to go on inside a window.
@@ -303,60 +197,121 @@ class DNCGPT2Model(DNCGPT2PreTrainedModel, GPT2Model):
             raise ValueError("Pass either input_ids or inputs_embeds.")
         if inputs_embeds is None:
             self.warn_if_padding_and_no_attention_mask(input_ids, attention_mask)
-            self._check_token_ids(input_ids)
-            inputs_embeds = self.wte(input_ids)
+            inputs_embeds = self._embed(input_ids)
         batch, tokens, _ = inputs_embeds.shape
-        mask = self._real_tokens(attention_mask, batch, tokens)
+        custom = attention_mask is not None and attention_mask.dim() == 4
+        mask = None if custom else self._real_tokens(attention_mask, batch, tokens)
         use_cache = self.config.use_cache if use_cache is None else use_cache
         use_cache = use_cache and not (self.gradient_checkpointing and self.training)
         # A cache that is given is gone on from, whether or not a new one would be made.
-        cache = self._cache(past_key_values) if use_cache or past_key_values is not None else None
-        options = {
-            "output_attentions": self.config.output_attentions if output_attentions is None else output_attentions,
-            "output_hidden_states": (
-                self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
-            ),
-            **kwargs,
-        }
-        continued = cache is not None and cache.seen_tokens > 0
-        attend = self._attend_onward if continued else self._attend_in_windows
-        output, restarts = attend(inputs_embeds, token_type_ids, mask, position_ids, cache, options)
-        if restarts is not None:
-            memory_reset = restarts if memory_reset is None else memory_reset | restarts
+        cache = self._cache(past_key_values, batch) if use_cache or past_key_values is not None else None
+        # Where these are not given, the config decides.
+        options = {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
+        options = {name: option for name, option in options.items() if option is not None} | kwargs
+        if not custom and self._needs_mask_of_pairs(cache, mask, position_ids, tokens):
+            inputs = {"token_type_ids": token_type_ids, "position_ids": position_ids, "memory_reset": memory_reset}
+            inputs |= {"inputs_embeds": inputs_embeds, "attention_mask": mask}
+            return self._one_by_one(inputs, tokens, past_key_values=cache, output_memory=output_memory, **options)
+        before = cache.snapshot() if cache is not None and cache.is_recording else None
+        state = cache.memory_state if cache is not None and cache.has_tokens else memory_state
+        ancestry = None
+        if custom:
+            if is_flash_attention_requested(self.config):
+                raise ValueError(
+                    "Flash attention takes no custom 4D attention_mask: call `set_attn_implementation('sdpa')` before."
+                )
+            seen = tokens + (cache.get_seq_length() if cache is not None else 0)
+            visible = visible_tokens(attention_mask, batch, tokens, seen)
+            ancestry = Ancestry.of(visible)
+            mask, memory_reset = ancestry.real, _either(memory_reset, ancestry.reset)
+            attention = self._attend_as_told(
+                inputs_embeds, token_type_ids, attention_mask, visible, mask, position_ids, cache, options
+            )
+        else:
+            attention = self._attend(inputs_embeds, token_type_ids, mask, position_ids, cache, options)
+            memory_reset = _either(memory_reset, attention.restarts)
+        if isinstance(cache, DNCGPT2StaticCache) and attention.output.attentions is not None:
+            # To the columns that the buffers have, as GPT-2's.
+            attention.output.attentions = tuple(
+                F.pad(x, (0, max(0, cache.columns - x.shape[-1]))) for x in attention.output.attentions
+            )
+        hidden, hidden_states = attention.output.last_hidden_state, attention.output.hidden_states
 
-        hidden = output.last_hidden_state
-        state = cache.memory_state if continued else memory_state
-        memory = self.memory(hidden, inputs_embeds, state, mask, memory_reset)
+        def remember(real: Tensor | None) -> MemoryOutput:
+            if ancestry is None or not ancestry.branches:
+                return self.memory(hidden, inputs_embeds, state, real, memory_reset)
+            told = ancestry._replace(real=real)
+            return branching_memory(self.memory, hidden, inputs_embeds, state, told, memory_reset)
+
+        memory = remember(mask)
         last_hidden_state = hidden + memory.hidden_states
         if cache is not None:
+            if before is not None:
+                attended = [(layer.keys, layer.values) for layer in cache.layers]
+
+                def replay(removed: int) -> None:
+                    """What follows, without the last tokens."""
+                    cache.restore(before._replace(keys_and_values=attended))
+                    attention.keep(removed)
+                    real = hidden.new_ones((batch, tokens), dtype=torch.bool) if mask is None else mask
+                    cache.memory_state = remember(_without_last(real, removed)).state
+                    cache.count(tokens - removed)
+
+                cache.record(Record(before, tokens, replay))
+            attention.keep(0)
             cache.memory_state = memory.state
-            cache.seen_tokens += tokens
-        hidden_states = output.hidden_states
+            cache.count(tokens)
         return DNCGPT2ModelOutput(
             last_hidden_state=last_hidden_state,
             base_hidden_state=hidden,
             past_key_values=cache,
             hidden_states=None if hidden_states is None else (*hidden_states[:-1], last_hidden_state),
-            attentions=output.attentions,
+            attentions=attention.output.attentions,
             memory_state=memory.state,
             write_gates=memory.write_gates if output_memory else None,
             write_weights=memory.write_weights if output_memory else None,
             read_weights=memory.read_weights if output_memory else None,
         )
 
-    def _check_token_ids(self, input_ids: Tensor) -> None:
-        # Elsewhere the check would wait for the device; there the data pipeline has made it.
-        if input_ids.device.type != "cpu" or torch.compiler.is_compiling() or input_ids.numel() == 0:
-            return
-        low, high = (int(bound) for bound in input_ids.aminmax())
-        if low < 0 or high >= self.wte.num_embeddings:
+    def _needs_mask_of_pairs(self, cache, mask: Tensor | None, position_ids: Tensor | None, tokens: int) -> bool:
+        """Whether these tokens need a mask that flash attention has none for: which new token sees which other."""
+        if tokens == 1 or cache is None or not cache.has_tokens or not is_flash_attention_requested(self.config):
+            return False
+        position = cache.position
+        alike = position is not None and mask is None and _counts_on(position_ids, position + 1, tokens)
+        return not alike or (position + 1) % self.window_size + tokens > self.window_size
+
+    def _one_by_one(self, inputs: dict[str, Tensor | None], tokens: int, **options) -> DNCGPT2ModelOutput:
+        """Each of the tokens in a pass of its own."""
+        outputs = [
+            self(**{name: None if x is None else x[:, t : t + 1] for name, x in inputs.items()}, **options)
+            for t in range(tokens)
+        ]
+
+        def joined(name: str) -> Any:
+            parts = [getattr(output, name) for output in outputs]
+            if parts[0] is None or isinstance(parts[0], Tensor):
+                return parts[0] if parts[0] is None else torch.cat(parts, dim=1)
+            return tuple(torch.cat(layer, dim=1) for layer in zip(*parts, strict=True))
+
+        along_tokens = ("last_hidden_state", "base_hidden_state", "hidden_states")
+        along_tokens += ("write_gates", "write_weights", "read_weights")
+        last = {name: getattr(outputs[-1], name) for name in ("past_key_values", "memory_state")}
+        return DNCGPT2ModelOutput(**last, **{name: joined(name) for name in along_tokens})
+
+    def _embed(self, input_ids: Tensor) -> Tensor:
+        try:
+            return self.wte(input_ids)
+        except IndexError:  # on other devices than the CPU the data pipeline has to make sure
+            low, high = (int(bound) for bound in input_ids.aminmax())
             raise ValueError(
                 f"input_ids hold {low if low < 0 else high}, but the vocabulary has the ids 0 to "
                 f"{self.wte.num_embeddings - 1}: use the tokenizer that was saved with this model."
-            )
+            ) from None
 
     @staticmethod
     def _real_tokens(attention_mask: Tensor | None, batch: int, tokens: int) -> Tensor | None:
+        """[B, T] bool, `None` where it is plain that all are real."""
         if attention_mask is None:
             return None
         shape = tuple(attention_mask.shape)
@@ -365,102 +320,260 @@ class DNCGPT2Model(DNCGPT2PreTrainedModel, GPT2Model):
                 f"attention_mask has shape {shape}; it must be [batch, tokens] with batch = {batch} and cover all "
                 f"{tokens} tokens."
             )
-        return attention_mask[:, -tokens:].bool()
+        mask = attention_mask[:, -tokens:].bool()
+        return None if _all(mask) else mask
 
-    def _cache(self, past_key_values: Cache | None) -> DNCGPT2Cache:
-        if isinstance(past_key_values, DNCGPT2Cache):
+    def _cache(self, past_key_values: Cache | None, batch: int) -> DNCGPT2Cache | DNCGPT2StaticCache:
+        if past_key_values is None:
+            return DNCGPT2Cache(self.config)
+        if isinstance(past_key_values, DNCGPT2Cache | DNCGPT2StaticCache):
+            held = past_key_values.layers[0].keys
+            if past_key_values.has_tokens and held.shape[0] != batch:
+                raise ValueError(f"past_key_values is of batch size {held.shape[0]}, the input of {batch}.")
             return past_key_values
-        if past_key_values is not None and past_key_values.get_seq_length() > 0:
+        kind = type(past_key_values).__name__
+        if past_key_values.get_seq_length() > 0:
             raise ValueError(
-                f"past_key_values is a {type(past_key_values).__name__} without a memory state; pass the "
-                "past_key_values that this model returned, or None."
+                f"past_key_values is a {kind} without a memory state; pass the past_key_values that this model "
+                "returned, or None."
             )
+        if type(past_key_values) is StaticCache:
+            return DNCGPT2StaticCache(self.config, past_key_values.get_max_length())
+        if type(past_key_values) is not DynamicCache:
+            logger.warning_once(f"A {kind} cannot hold a memory: a DNCGPT2Cache takes its place.")
         return DNCGPT2Cache(self.config)
 
-    def _attend_in_windows(self, embeds, token_type_ids, mask, position_ids, cache, options):
-        """The backbone over whole windows, from the start of one; fills the (empty) cache with the last of each row."""
-        batch, tokens, _ = embeds.shape
-        size = self.config.n_positions
-        if mask is None and position_ids is None and tokens <= size:
-            layout, folding = None, None
-            inputs = {"inputs_embeds": embeds, "token_type_ids": token_type_ids}
+    def _attend(self, embeds, token_type_ids, mask, position_ids, cache, options) -> "Attention":
+        """The backbone: each token sees its own window."""
+        continued = cache is not None and cache.has_tokens
+        position = cache.position if continued else -1
+        inputs = {"inputs_embeds": embeds, "token_type_ids": token_type_ids, **options}
+        alike = position is not None and mask is None and _counts_on(position_ids, position + 1, embeds.shape[1])
+        # An exported graph for all lengths folds even what fits one window.
+        one_window = not isinstance(embeds.shape[1], torch.SymInt) and embeds.shape[1] <= self.window_size
+        if continued:
+            attend = self._attend_onward_alike if alike else self._attend_onward
         else:
-            real = embeds.new_ones((batch, tokens), dtype=torch.bool) if mask is None else mask
-            layout = locate(real, position_ids, size)
-            # Positions counted from 0 bound the number of windows by the shape alone.
-            bound = -(-tokens // size)
-            num_windows = bound if position_ids is None else 1 + int((layout.windows * real).amax())
-            folding = Folding(layout, real, size, num_windows)
-            inputs = {
-                "inputs_embeds": folding.fold(embeds),
-                "token_type_ids": None if token_type_ids is None else folding.fold(token_type_ids),
-            }
-            if position_ids is not None:
-                # Given positions may leave gaps. The mask keeps the backbone from taking gaps for packed sequences; its
-                # first column stays visible where a row has no such window, for attention needs something to look at.
-                visible = folding.fold(real)
-                visible[:, 0] = True
-                inputs |= {"position_ids": folding.fold(layout.positions % size), "attention_mask": visible}
-        output = super().forward(past_key_values=cache, use_cache=cache is not None, **inputs, **options)
-        if folding is not None:
-            output.last_hidden_state = folding.unfold(output.last_hidden_state)
-            if output.hidden_states is not None:
-                output.hidden_states = tuple(folding.unfold(x) for x in output.hidden_states)
-            if output.attentions is not None:
-                output.attentions = tuple(folding.unfold_attention(x) for x in output.attentions)
-        if cache is not None:
-            if folding is None:
-                cache.current = torch.ones(batch, tokens, dtype=torch.bool, device=embeds.device)
-                cache.last_positions = torch.full((batch,), tokens - 1, device=embeds.device)
+            right_padded = mask is not None and position_ids is None and _all(mask[:, :-1] | ~mask[:, 1:])
+            attend = self._attend_one_window if one_window and (alike or right_padded) else self._attend_in_windows
+        return attend(inputs, mask, None if alike else position_ids, cache)
+
+    def _attend_one_window(self, inputs, mask, position_ids, cache) -> "Attention":
+        """All rows in their first window, padding last, where no real token sees it: exactly GPT-2."""
+        batch, tokens, _ = inputs["inputs_embeds"].shape
+        output = super().forward(past_key_values=cache, use_cache=cache is not None, **inputs)
+        if mask is not None:  # as in folded windows
+            output.last_hidden_state = output.last_hidden_state.masked_fill(~mask[..., None], 0)
+
+        def keep(removed: int) -> None:
+            if mask is None:
+                cache.keep_alike(batch, tokens - removed - 1, 0)
             else:
-                self._keep_last_windows(cache, layout, real, num_windows)
-        return output, None if layout is None else layout.restarts
+                cache.keep_right_padded(_without_last(mask, removed), tokens - removed)
 
-    @staticmethod
-    def _keep_last_windows(cache: DNCGPT2Cache, layout: WindowLayout, real: Tensor, num_windows: int) -> None:
-        """Of keys and values [B * windows, ...] keep each row's last window, aligned to the right."""
-        last_window = (layout.windows * real).amax(-1)
-        rows = torch.arange(real.shape[0], device=real.device) * num_windows + last_window
-        for layer in cache.layers:
-            layer.keys, layer.values = layer.keys.index_select(0, rows), layer.values.index_select(0, rows)
-        lengths = (real & (layout.windows == last_window[:, None])).sum(-1)
-        longest = int(lengths.amax())
-        columns = torch.arange(-longest, 0, device=real.device) + lengths[:, None]
-        cache.keep(columns.clamp_min(0))
-        cache.current = columns >= 0
-        cache.last_positions = last_real(layout.positions, real, torch.full_like(last_window, -1))
+        return Attention(output, None, keep)
 
-    def _attend_onward(self, embeds, token_type_ids, mask, position_ids, cache, options):
-        """The backbone over tokens that go on from a cache: each sees its own window's tokens alone."""
+    def _attend_in_windows(self, inputs, mask, position_ids, cache) -> "Attention":
+        """Windows as rows of their own, from the start of one."""
+        if inputs.get("encoder_hidden_states") is not None:
+            raise ValueError(
+                f"Cross-attention works within one attention window of n_positions={self.window_size} tokens whose "
+                "padding comes last: pass shorter or right-padded inputs."
+            )
+        embeds, types = inputs["inputs_embeds"], inputs["token_type_ids"]
         batch, tokens, _ = embeds.shape
-        size = self.config.n_positions
-        if cache.last_positions.shape[0] != batch:
-            raise ValueError(f"past_key_values is of batch size {cache.last_positions.shape[0]}, the input of {batch}.")
+        size = self.window_size
         real = embeds.new_ones((batch, tokens), dtype=torch.bool) if mask is None else mask
-        layout = locate(real, position_ids, size, cache.last_positions)
+        layout = locate(real, position_ids, size)
+        # Positions counted from 0 bound the number of windows by the shape alone.
+        bound = -(-tokens // size)
+        num_windows = bound if position_ids is None else 1 + int((layout.windows * real).amax())
+        folding = Folding(layout, real, size, num_windows)
+        inputs |= {
+            "inputs_embeds": folding.fold(embeds),
+            "token_type_ids": None if types is None else folding.fold(types),
+        }
+        if position_ids is not None:
+            # Given positions may leave gaps. The mask keeps the backbone from taking gaps for packed sequences; its
+            # first column stays visible where a row has no such window, for attention needs something to look at.
+            visible = folding.fold(real)
+            visible[:, 0] = True
+            inputs |= {"position_ids": folding.fold(layout.positions % size), "attention_mask": visible}
+        output = super().forward(past_key_values=cache, use_cache=cache is not None, **inputs)
+        output.last_hidden_state = folding.unfold(output.last_hidden_state)
+        if output.hidden_states is not None:
+            # Of layers that were not asked for there is none.
+            output.hidden_states = tuple(x if x is None else folding.unfold(x) for x in output.hidden_states)
+        if output.attentions is not None:
+            output.attentions = tuple(folding.unfold_attention(x) for x in output.attentions)
+
+        def keep(removed: int) -> None:
+            if mask is None and position_ids is None:
+                cache.keep_alike(batch, tokens - removed - 1, 0, num_windows)
+            else:
+                cache.keep_first(layout, _without_last(real, removed), folding, tokens - removed)
+
+        return Attention(output, layout.restarts, keep)
+
+    def _attend_onward_alike(self, inputs, mask, position_ids, cache) -> "Attention":
+        """Rows that all go on from the same position of a cache."""
+        batch, tokens, _ = inputs["inputs_embeds"].shape
+        device, size, last = inputs["inputs_embeds"].device, self.window_size, cache.position
+        place = (last + 1) % size
+        if place == 0:  # the windows held are full
+            cache.keep(None, slice(0, 0))
+        held, seen = cache.held, cache.seen_tokens
+        if tokens == 1:
+            inputs["position_ids"] = torch.full((1, 1), place, device=device)
+        else:
+            places = torch.arange(place, place + tokens, device=device)
+            inputs["position_ids"] = (places % size)[None]
+            if place + tokens > size:
+                windows = torch.cat([places.new_zeros(held), places // size])
+                visible = (windows[held:, None] == windows).tril(held)
+                inputs["attention_mask"] = _bias(visible[None], inputs["inputs_embeds"].dtype)
+        output = super().forward(past_key_values=cache, use_cache=True, **inputs)
+        if output.attentions is not None:
+            output.attentions = tuple(F.pad(x, (seen - held, 0)) for x in output.attentions)
+
+        def keep(removed: int) -> None:
+            position = last + tokens - removed
+            cache.keep_alike(batch, position, held + tokens - removed - (position % size + 1))
+
+        return Attention(output, None, keep)
+
+    def _attend_onward(self, inputs, mask, position_ids, cache) -> "Attention":
+        """Rows that go on from a cache, each in its own window."""
+        embeds = inputs["inputs_embeds"]
+        batch, tokens, _ = embeds.shape
+        size, rows = self.window_size, cache.rows
+        real = embeds.new_ones((batch, tokens), dtype=torch.bool) if mask is None else mask
+        layout = locate(real, position_ids, size, rows.last_positions)
         windows = layout.windows
-        among_new = (windows[:, :, None] == windows[:, None]) & real[:, None]
-        among_new = among_new & torch.ones(tokens, tokens, dtype=torch.bool, device=embeds.device).tril()
-        to_cached = (windows == 0)[:, :, None] & cache.current[:, None]
-        visible = torch.cat([to_cached, among_new], dim=-1)[:, None]
-        bias = torch.zeros(visible.shape, dtype=embeds.dtype, device=embeds.device)
+        inputs["position_ids"] = torch.where(real, layout.positions % size, 0)
+        if tokens == 1:
+            # A row whose token is not real points somewhere as well, but leaves what is there.
+            columns = torch.where(windows[:, 0] > 0, 0, rows.lengths).clamp_max(size - 1)
+            width = cache.aim(columns, None if mask is None else mask[:, 0])
+            visible = torch.arange(width, device=embeds.device) <= columns[:, None, None]
+        else:
+            current = cache.current()
+            among_new = (windows[:, :, None] == windows[:, None]) & real[:, None]
+            to_cached = (windows == 0)[:, :, None] & current[:, None]
+            visible = torch.cat([to_cached, among_new.tril()], dim=-1)
+        flash = tokens == 1 and is_flash_attention_requested(self.config)
+        inputs["attention_mask"] = visible[:, 0] if flash else _bias(visible, embeds.dtype)
+        output = super().forward(past_key_values=cache, use_cache=True, **inputs)
+        if output.attentions is not None and rows.origins is not None:
+            appended = torch.arange(tokens, device=embeds.device).expand(batch, -1) + cache.seen_tokens
+            origins = torch.cat([rows.origins, appended], dim=-1)
+            if tokens == 1:
+                origins = F.pad(rows.origins, (0, width - rows.origins.shape[1])).scatter(1, columns[:, None], appended)
+            output.attentions = tuple(_place(x, origins, cache.seen_tokens + tokens) for x in output.attentions)
+
+        def keep(removed: int) -> None:
+            if tokens == 1:
+                cache.keep_one(rows, columns, real[:, 0], layout.positions[:, 0])
+            else:
+                cache.keep_onward(rows, current, layout, _without_last(real, removed), tokens - removed)
+
+        return Attention(output, layout.restarts, keep)
+
+    def _attend_as_told(
+        self, embeds, token_type_ids, attention_mask, visible, real, position_ids, cache, options
+    ) -> "Attention":
+        """A custom mask [B or 1, heads or 1, T, S], within windows; positions are counted unless they are given."""
+        batch, tokens, _ = embeds.shape
+        device, size = embeds.device, self.window_size
+        nothing = torch.zeros(batch, dtype=torch.long, device=device)
+        rows, position = Rows(nothing, nothing - 1, nothing[:, None][:, :0]), -1
+        current = torch.zeros(batch, 0, dtype=torch.bool, device=device)
+        if cache is not None and cache.has_tokens:
+            if cache.position is None:
+                raise ValueError(
+                    "A custom 4D attention_mask goes on only from a dynamic cache whose rows have seen as many tokens."
+                )
+            rows, current, position = cache.rows, cache.current(), cache.position
+        if position_ids is None:
+            position_ids = torch.arange(position + 1, position + 1 + tokens, device=device)[None]
+        positions = position_ids.expand(batch, -1)
+        windows = positions // size - max(position, 0) // size
+        places = torch.cat([torch.zeros_like(current, dtype=torch.long), windows], dim=1)
+        same = windows[:, :, None] == places[:, None]
+        told, visible = attention_mask[..., -same.shape[-1] :], visible[..., -same.shape[-1] :]
+        if not told.is_floating_point():
+            told = torch.zeros_like(told, dtype=embeds.dtype).masked_fill_(told == 0, torch.finfo(embeds.dtype).min)
+        told = told.to(embeds.dtype).masked_fill(~same[:, None], torch.finfo(embeds.dtype).min)
         output = super().forward(
             inputs_embeds=embeds,
             token_type_ids=token_type_ids,
-            position_ids=torch.where(real, layout.positions % size, 0),
-            attention_mask=bias.masked_fill(~visible, torch.finfo(embeds.dtype).min),
+            position_ids=positions % size,
+            attention_mask=told,
             past_key_values=cache,
-            use_cache=True,
+            use_cache=cache is not None,
             **options,
         )
-        last_window = (windows * real).amax(-1, keepdim=True)
-        cache.current = torch.cat([cache.current & (last_window == 0), real & (windows == last_window)], dim=-1)
-        cache.last_positions = last_real(layout.positions, real, cache.last_positions)
-        if cache.current.shape[1] > size:
-            first = int(cache.current.any(0).to(torch.uint8).argmax())
-            cache.keep(slice(first, None))
-            cache.current = cache.current[:, first:]
-        return output, layout.restarts
+        seen = 0 if cache is None else cache.get_seq_length()
+        if output.attentions is not None:
+            output.attentions = tuple(F.pad(x, (seen - current.shape[1], 0)) for x in output.attentions)
+
+        def keep(removed: int) -> None:
+            # What each row's last token sees: a following one goes on from there.
+            kept_real = _without_last(real, removed)
+            last = (torch.arange(tokens, device=device) * kept_real).amax(-1)
+            kept = (visible & same)[torch.arange(batch, device=device), last]
+            kept[:, current.shape[1] :] &= kept_real
+            last_positions = last_real(positions, kept_real, rows.last_positions)
+            cache.keep_some(rows, kept, last_positions, tokens - removed)
+
+        return Attention(output, None, keep)
+
+
+class Attention(NamedTuple):
+    """What the backbone answers for [B, T] tokens."""
+
+    output: ModelOutput
+    restarts: Tensor | None  # [B, T] bool, tokens before which a new document begins
+    keep: Callable[[int], None]  # lets the cache keep the tokens, but for so many of the last
+
+
+def _either(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+    if one is None or other is None:
+        return other if one is None else one
+    return one | other
+
+
+def _all(mask: Tensor) -> bool:
+    """Whether all is True, as far as can be told without data: compilers cannot branch on these."""
+    return not torch.compiler.is_compiling() and bool(mask.all())
+
+
+def _counts_on(position_ids: Tensor | None, first: int, tokens: int) -> bool:
+    """Whether the positions of all rows are first, first + 1, ..."""
+    if position_ids is None:
+        return True
+    expected = first if tokens == 1 else torch.arange(first, first + tokens, device=position_ids.device)
+    return _all(position_ids == expected)
+
+
+def _without_last(real: Tensor, removed: int) -> Tensor:
+    """`real` [B, T] with its last columns False."""
+    if not removed:
+        return real
+    return real & (torch.arange(real.shape[1], device=real.device) < real.shape[1] - removed)
+
+
+def _place(attention: Tensor, origins: Tensor, seen: int) -> Tensor:
+    """[B, heads, T, K] -> [B, heads, T, seen]: column k at place `origins[:, k]` [B, K], zero elsewhere."""
+    index = origins[:, None, None].expand_as(attention)
+    # Columns without a token may claim places of others, but have no attention to add.
+    return attention.new_zeros((*attention.shape[:3], seen)).scatter_add(-1, index, attention)
+
+
+def _bias(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    """[B, T, S] bool -> [B, 1, T, S], what attention adds to its scores."""
+    bias = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
+    return bias.masked_fill_(~visible, torch.finfo(dtype).min)[:, None]
 
 
 class DNCGPT2LMHeadModel(DNCGPT2PreTrainedModel, GenerationMixin):
@@ -490,10 +603,11 @@ class DNCGPT2LMHeadModel(DNCGPT2PreTrainedModel, GenerationMixin):
         memory_reset: Tensor | None = None,
         output_memory: bool = False,
         output_base_logits: bool = False,
+        output_logits: bool = True,
+        output_divergence: Tensor | bool = False,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         logits_to_keep: int | Tensor = 0,
-        shift_labels: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
         **kwargs,
     ) -> DNCGPT2CausalLMOutput:
@@ -504,8 +618,14 @@ class DNCGPT2LMHeadModel(DNCGPT2PreTrainedModel, GenerationMixin):
             shift_labels: [B, T], the target of each token, ready made; `labels` are then not looked at.
             num_items_in_batch: the number that the summed cross-entropy is divided by, the count of targets by default.
             output_base_logits: also return the logits of the same hidden states without the read.
+            output_logits: whether to build logits at all. Without them the loss is computed in chunks of tokens, and
+                memory does not grow with the vocabulary.
+            output_divergence: with `output_logits=False`, how much the read changes each prediction; [B, T] bool
+                chooses the tokens.
             logits_to_keep: compute the logits of the last so many tokens (or these positions) alone; 0 is all.
         """
+        # As in GPT-2 it is no name in the signature: `Trainer` would ask every batch for it as for `labels`.
+        shift_labels = kwargs.pop("shift_labels", None)
         outputs = self.transformer(
             input_ids,
             past_key_values=past_key_values,
@@ -522,12 +642,23 @@ class DNCGPT2LMHeadModel(DNCGPT2PreTrainedModel, GenerationMixin):
             return_dict=True,
             **kwargs,
         )
-        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
-        base_logits = None
+        loss = logits = base_logits = correct = divergence = None
+        if output_logits:
+            logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
         if output_base_logits:
             base_logits = self.lm_head(slice_logits_to_keep(outputs.base_hidden_state, logits_to_keep))
-        loss = None
-        if labels is not None or shift_labels is not None:
+        if not output_logits:
+            compare = isinstance(output_divergence, Tensor) or output_divergence
+            loss, correct, divergence = causal_lm_losses(
+                self.lm_head,
+                outputs.last_hidden_state,
+                labels,
+                shift_labels,
+                num_items_in_batch,
+                outputs.base_hidden_state if compare else None,
+                output_divergence if isinstance(output_divergence, Tensor) else None,
+            )
+        elif labels is not None or shift_labels is not None:
             loss = self.loss_function(
                 logits,
                 labels,
@@ -539,6 +670,8 @@ class DNCGPT2LMHeadModel(DNCGPT2PreTrainedModel, GenerationMixin):
             loss=loss,
             logits=logits,
             base_logits=base_logits,
+            correct=correct,
+            divergence=divergence,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
@@ -557,15 +690,78 @@ class DNCGPT2LMHeadModel(DNCGPT2PreTrainedModel, GenerationMixin):
             )
         return input_ids, model_kwargs
 
+    # n_positions is the length of a window and limits no text: neither the default length nor a warning may stop at it.
+
+    def _prepare_generated_length(
+        self, generation_config: GenerationConfig, has_default_max_length: bool, **kwargs
+    ) -> GenerationConfig:
+        default = generation_config.max_length
+        generation_config = super()._prepare_generated_length(
+            generation_config=generation_config, has_default_max_length=has_default_max_length, **kwargs
+        )
+        if has_default_max_length and generation_config.max_new_tokens is None:
+            generation_config.max_length = default + kwargs["input_ids_length"]
+        return generation_config
+
+    def _get_stopping_criteria(self, *args, **kwargs) -> StoppingCriteriaList:
+        criteria = super()._get_stopping_criteria(*args, **kwargs)
+        for criterion in criteria:
+            if isinstance(criterion, MaxLengthCriteria):
+                criterion.max_position_embeddings = None
+        return criteria
+
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs) -> None:
-        if generation_config.cache_implementation not in (None, "dynamic"):
-            raise ValueError(
-                f"cache_implementation={generation_config.cache_implementation!r} cannot hold a memory; leave it out."
-            )
+        if generation_config.cache_implementation == "quantized":
+            raise ValueError('cache_implementation="quantized" cannot hold a memory; leave it out, or set "static".')
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         cache = model_kwargs.get("past_key_values")
         if type(cache) is DynamicCache:
-            model_kwargs["past_key_values"] = self.transformer._cache(cache)
+            model_kwargs["past_key_values"] = cache = DNCGPT2Cache(self.config, cache.offloading)
+            if generation_config.is_assistant:
+                cache.activate_past_recording()
+
+    def _prepare_static_cache(self, cache_implementation, batch_size, max_cache_len, *args, **kwargs) -> Cache:
+        # As transformers, a cache as long as the longest before keeps compiled code in use.
+        self._previous_max_cache_length = max(max_cache_len, getattr(self, "_previous_max_cache_length", -1))
+        offloading = "offloaded" in cache_implementation
+        return DNCGPT2StaticCache(self.config, self._previous_max_cache_length, offloading)
+
+    def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs) -> None:
+        # The model counts the real tokens itself; given positions would have to be compared with that count.
+        return None
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        next_sequence_length: int | None = None,
+        past_key_values: Cache | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        is_first_iteration: bool | None = False,
+        **kwargs,
+    ) -> dict[str, Any]:
+        """The inputs of one pass, as in transformers; 2D masks stay so, and cover the new tokens alone."""
+        embedded = inputs_embeds is not None and is_first_iteration
+        tokens = inputs_embeds if embedded else input_ids
+        if next_sequence_length is not None:
+            tokens = tokens[:, -next_sequence_length:]
+        tokens = tokens.clone(memory_format=torch.contiguous_format)  # strides that do not change from step to step
+        inputs = {"input_ids": None, "inputs_embeds": tokens} if embedded else {"input_ids": tokens}
+        along = {"position_ids": kwargs.pop("position_ids", None), "token_type_ids": kwargs.pop("token_type_ids", None)}
+        if attention_mask is None or attention_mask.dim() == 2:
+            along["attention_mask"] = attention_mask
+        else:
+            inputs["attention_mask"] = attention_mask
+        for name, x in along.items():
+            if x is not None:
+                inputs[name] = x[:, -tokens.shape[1] :].contiguous()
+        kwargs.pop("labels", None)
+        inputs |= {"past_key_values": past_key_values, **kwargs}
+        device = self.device
+        return {
+            name: x.to(device) if isinstance(x, Tensor) and x.device != device and device.type != "meta" else x
+            for name, x in inputs.items()
+        }
 
 
 DNCGPT2Model.register_for_auto_class("AutoModel")
@@ -578,4 +774,5 @@ __all__ = [
     "DNCGPT2Model",
     "DNCGPT2ModelOutput",
     "DNCGPT2PreTrainedModel",
+    "DNCGPT2StaticCache",
 ]

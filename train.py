@@ -13,25 +13,38 @@ from typing import Any
 
 import datasets
 import torch
-from transformers import PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers import logging as transformers_logging
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
 from dnc_gpt2 import DNCGPT2Config
 from dnc_gpt2.card import model_card
-from dnc_gpt2.comparison import compare_checkpoints, evaluation_dataset, printed
+from dnc_gpt2.comparison import Comparison, evaluation_dataset, printed
 from dnc_gpt2.corpus import is_embedded, load_corpus
 from dnc_gpt2.data import (
+    TOKENIZER_CHARS,
     DataArguments,
     ExampleDataset,
+    first_records,
     load_tokenizer,
+    split_end,
+    stream_records,
     tokenize_texts,
     train_tokenizer,
 )
-from dnc_gpt2.models import new_models, require_checkpoint
-from dnc_gpt2.options import INSPECT_OPTION, ModelArguments, one_line_errors, parse, remember_run
+from dnc_gpt2.models import count_parameters, new_models, require_checkpoint
+from dnc_gpt2.opponents import SCORED, TRAINED, check_opponents, opponent_model
+from dnc_gpt2.options import (
+    INSPECT_OPTION,
+    OPPONENTS_OPTION,
+    ModelArguments,
+    one_line_errors,
+    parse,
+    remember_run,
+)
 from dnc_gpt2.report import write_text
+from dnc_gpt2.streaming import StreamedExamples
 from dnc_gpt2.trainer import DNCTrainer, DNCTrainingArguments
 
 logger = logging.getLogger(__name__)
@@ -43,6 +56,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """Run the whole job; returns the comparison."""
     extra = {
         **INSPECT_OPTION,
+        **OPPONENTS_OPTION,
         "--num_gpus": {"type": int, "help": "Start this many processes, one a GPU."},
     }
     model_arguments, data, training, options = parse(
@@ -56,43 +70,60 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         datasets.disable_progress_bars()
         transformers_logging.disable_progress_bar()
     mention_idle_gpus(training)
+    if data.streaming and training.max_steps <= 0:
+        sys.exit("train.py: --streaming needs --max_steps: how long a stream is, is not known.")
     run = Path(training.output_dir or f"runs/{'embedded' if is_embedded(data) else 'text'}")
-    check_output(run, model_arguments.kinds, training)
-    checkpoints = {
-        kind: checkpoint_to_resume(run, kind, model_arguments.kinds, training) for kind in model_arguments.kinds
-    }
+    if options.opponents and model_arguments.model != "both":
+        sys.exit(f"train.py: --opponents {','.join(options.opponents)} needs --model both.")
+    kinds = [*model_arguments.kinds, *(TRAINED[name] for name in options.opponents if name in TRAINED)]
+    check_output(run, kinds, training)
+    checkpoints = {kind: checkpoint_to_resume(run, kind, kinds, training) for kind in kinds}
     if model_arguments.model_name_or_path:
         require_checkpoint(model_arguments.model_name_or_path)
 
-    corpus = load_corpus(data)
-    tokenizer = (
-        load_tokenizer(data.tokenizer_name or model_arguments.model_name_or_path)
-        if data.tokenizer_name or model_arguments.model_name_or_path
-        else train_tokenizer(corpus.texts["train"], data.tokenizer_vocab_size)
-    )
+    corpus = load_corpus(data, ("validation",) if data.streaming else ("train", "validation"))
+    stream = stream_records(data, "train") if data.streaming else None
+    tokenizer_name = data.tokenizer_name or model_arguments.model_name_or_path
+    if tokenizer_name:
+        tokenizer = load_tokenizer(tokenizer_name)
+    else:
+        texts = corpus.texts["train"] if stream is None else first_records(stream, TOKENIZER_CHARS)
+        tokenizer = train_tokenizer(texts, data.tokenizer_vocab_size)
+    config = memory_config(model_arguments, data, tokenizer)
+    example_length = data.seq_len * data.windows_per_example
+    check_opponents(options.opponents, config, example_length, model_arguments.model_name_or_path)
     models = new_models(
-        config=memory_config(model_arguments, data, tokenizer),
+        config=config,
         kinds=model_arguments.kinds,
         seed=training.seed,
         pretrained=model_arguments.model_name_or_path,
     )
     vocabulary = min(model.config.vocab_size for model in models.values())
-    train_text = tokenize_texts(corpus.texts["train"], tokenizer, "training", data.max_train_tokens, vocabulary)
+    train_text = None
+    if stream is None:
+        train_text = tokenize_texts(corpus.texts["train"], tokenizer, "training", data.max_train_tokens, vocabulary)
     eval_text = tokenize_texts(corpus.texts["validation"], tokenizer, "validation", data.max_eval_tokens, vocabulary)
-    train_dataset = training_dataset(train_text, data, training)
+    if data.held_out_tokens:
+        train_text, _ = split_end(train_text, data.held_out_tokens, tokenizer)
     eval_dataset = evaluation_dataset(eval_text, data)
 
     if training.should_save and training.overwrite_output_dir:
-        for kind in model_arguments.kinds:
+        for kind in {*kinds, *TRAINED.values()}:  # opponents of the run that is replaced are none of the new one
             shutil.rmtree(run / kind, ignore_errors=True)
-    trainers: dict[str, DNCTrainer] = {}
-    for kind, model in models.items():
+
+    def train_kind(kind: str, model: PreTrainedModel) -> DNCTrainer:
+        """Train one model, or load it where it is finished, and save it in its folder of the run."""
         arguments_of_kind = copy.copy(training)
         arguments_of_kind.output_dir = str(run / kind)
+        arguments_of_kind.push_to_hub = training.push_to_hub and kind in models
         if training.hub_model_id and len(models) > 1:
             arguments_of_kind.hub_model_id = f"{training.hub_model_id}-{kind}"  # a repository each
         set_seed(training.seed)
-        trainers[kind] = trainer = DNCTrainer(
+        if stream is None:
+            train_dataset = training_dataset(train_text, data, training)
+        else:
+            train_dataset = streamed_dataset(stream, tokenizer, vocabulary, data, training)
+        trainer = DNCTrainer(
             model,
             arguments_of_kind,
             train_dataset,
@@ -103,10 +134,15 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         )
         train(trainer, checkpoints[kind])
         if trainer.args.should_save:
-            remember_run(run / kind, data, training.seed)
-    trainer.accelerator.wait_for_everyone()  # the other processes read what the main one has saved
-    comparison = compare_checkpoints(
-        {kind: str(run / kind) for kind in models},
+            remember_run(run / kind, data, training.seed, sys.argv[1:] if arguments is None else arguments)
+        trainer.accelerator.wait_for_everyone()  # the other processes read what the main one has saved
+        return trainer
+
+    trainers = {kind: train_kind(kind, model) for kind, model in models.items()}
+    trainer = trainers[model_arguments.kinds[-1]]
+    comparer = Comparison(
+        corpus,
+        tokenizer,
         data,
         str(run),
         accelerator=trainer.accelerator,
@@ -115,6 +151,23 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         inspect=options.inspect,
         progress=not training.disable_tqdm,
     )
+    for kind in models:
+        comparer.add(kind, str(run / kind))
+    for opponent in options.opponents:
+        if opponent in SCORED:
+            comparer.add_scored(opponent, str(run / "baseline"), config.mem_slots)
+            continue
+        model = opponent_model(
+            opponent,
+            config,
+            example_length=example_length,
+            parameters=count_parameters(models["dnc"]),
+            seed=training.seed,
+            pretrained=model_arguments.model_name_or_path,
+        )
+        train_kind(TRAINED[opponent], model)
+        comparer.add(TRAINED[opponent], str(run / TRAINED[opponent]))
+    comparison = comparer.finish()
     if trainer.is_world_process_zero():
         summary = training_summary(corpus.description, model_arguments, data, training)
         for kind in models:
@@ -183,6 +236,27 @@ def training_dataset(text, data: DataArguments, training: DNCTrainingArguments) 
     )
 
 
+def streamed_dataset(
+    records: datasets.IterableDataset,
+    tokenizer: PreTrainedTokenizerBase,
+    vocab_size: int,
+    data: DataArguments,
+    training: DNCTrainingArguments,
+) -> StreamedExamples:
+    """The training examples of this process from the start of a stream."""
+    return StreamedExamples(
+        records,
+        tokenizer,
+        data.seq_len,
+        data.windows_per_example,
+        rows=training.per_device_train_batch_size * training.gradient_accumulation_steps,
+        rank=training.process_index,
+        world_size=training.world_size,
+        reset_at_documents=data.reset_at_documents,
+        vocab_size=vocab_size,
+    )
+
+
 def asked_to_resume(training: DNCTrainingArguments) -> str | None:
     """What --resume_from_checkpoint names: "true", a folder, or nothing."""
     asked = training.resume_from_checkpoint
@@ -211,16 +285,18 @@ def checkpoint_to_resume(run: Path, kind: str, kinds: list[str], training: DNCTr
             return asked
     last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
     if last is None and (folder / TRAINER_STATE_NAME).is_file():
-        sys.exit(
-            f"train.py: {folder} holds a finished model, but no checkpoint-<step> to go on from; choose another "
-            "--output_dir, or replace it with --overwrite_output_dir."
-        )
+        return str(folder)  # a finished model whose checkpoints are gone
     return last
 
 
 def train(trainer: DNCTrainer, checkpoint: str | None) -> None:
     """Train, evaluate at the end and save the final checkpoint."""
     if checkpoint is None or not trainer.load_finished(checkpoint):
+        if checkpoint == trainer.args.output_dir:
+            sys.exit(
+                f"train.py: {checkpoint} holds a finished model, but no checkpoint-<step> to go on from; choose "
+                "another --output_dir, or replace it with --overwrite_output_dir."
+            )
         trainer.train(resume_from_checkpoint=checkpoint)
     history = trainer.state.log_history
     if not any("eval_loss" in row and row["step"] == trainer.state.global_step for row in history):

@@ -3,65 +3,137 @@
 python benchmarks/training_step.py --threads 2 --output training_step.json
 """
 
-import argparse
+import dataclasses
+import itertools
 import sys
 import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
+from transformers import Trainer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from timing import interleave, publish
+from timing import benchmark_parser, interleave, publish
 
+from configuration_dnc_gpt2 import ADDRESSINGS
 from dnc_gpt2 import DNCGPT2Config
 from dnc_gpt2.data import ExampleDataset, TokenizedText, collate
 from dnc_gpt2.models import new_models
 from dnc_gpt2.trainer import DNCTrainer, DNCTrainingArguments
 
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """Sizes of a model, and of the batch that it is trained on: `batch` examples of `tokens` tokens."""
+
+    batch: int
+    vocab_size: int
+    n_embd: int
+    n_layer: int
+    n_head: int
+    mem_width: int
+    mem_slots: int = 64
+    num_reads: int = 4
+    tokens: int = 128
+    n_positions: int = 128
+
+    def config(self, **options: Any) -> DNCGPT2Config:
+        """The configuration with memory, with further options."""
+        sizes = dataclasses.asdict(self)
+        del sizes["batch"], sizes["tokens"]
+        return DNCGPT2Config(bos_token_id=0, eos_token_id=0, **sizes, **options)
+
+    def dataset(self) -> ExampleDataset:
+        """As many examples of random tokens as make one batch, without padding."""
+        generator = torch.Generator().manual_seed(0)
+        tokens = torch.randint(self.vocab_size, (self.batch * self.tokens + 1,), generator=generator)
+        text = TokenizedText(tokens, torch.zeros(len(tokens), dtype=torch.bool), len(tokens), len(tokens))
+        return ExampleDataset(text, self.n_positions, self.tokens // self.n_positions)
+
+    def inputs(self) -> dict[str, Tensor]:
+        """The batch, each tensor [batch, tokens]."""
+        dataset = self.dataset()
+        return collate([dataset[row] for row in range(self.batch)])
+
+
 SIZES = {
-    "origin's sizes": {"batch": 4, "vocab_size": 50257, "n_embd": 768, "n_layer": 6, "n_head": 8, "mem_width": 128},
-    "small": {"batch": 32, "vocab_size": 2048, "n_embd": 128, "n_layer": 2, "n_head": 4, "mem_width": 64},
+    "origin": Sizes(batch=4, vocab_size=50257, n_embd=768, n_layer=6, n_head=8, mem_width=128),
+    "small": Sizes(batch=32, vocab_size=2048, n_embd=128, n_layer=2, n_head=4, mem_width=64),
+    # To try a benchmark out.
+    "tiny": Sizes(
+        2, 67, n_embd=16, n_layer=1, n_head=2, mem_width=8, mem_slots=6, num_reads=2, tokens=8, n_positions=8
+    ),
 }
-TOKENS = 128
+TARGETS = {("origin", 1.0): 1.20, ("origin", 0.25): 1.08, ("small", 1.0): 1.35}  # by sizes and routing sample
 
 
-def steps(folder: str, batch: int, **sizes):
-    """Name -> function that makes one optimizer step, for both models."""
-    special = {"bos_token_id": 0, "eos_token_id": 0}
-    config = DNCGPT2Config(n_positions=TOKENS, mem_slots=64, num_reads=4, **special, **sizes)
-    tokens = torch.randint(config.vocab_size, (batch * TOKENS + 1,), generator=torch.Generator().manual_seed(0))
-    text = TokenizedText(tokens, torch.zeros(len(tokens), dtype=torch.bool), len(tokens), len(tokens))
-    dataset = ExampleDataset(text, TOKENS, 1)
-    inputs = collate([dataset[row] for row in range(batch)])
-    functions = {}
-    for kind, model in new_models(config, ["baseline", "dnc"], seed=0).items():
-        trainer = DNCTrainer(model, DNCTrainingArguments(output_dir=f"{folder}/{kind}", disable_tqdm=True), dataset)
-        trainer.create_optimizer()
+def dnc_trainer(
+    folder: str, sizes: Sizes, kind: str, options: Mapping[str, Any] | None = None, **arguments: Any
+) -> DNCTrainer:
+    """A trainer of a new model.
 
-        def step(trainer=trainer, model=model) -> None:
-            trainer.training_step(model, inputs, torch.tensor(batch * TOKENS))
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            trainer.optimizer.step()
-            trainer.optimizer.zero_grad()
-
-        functions[kind] = step
-    return functions
+    Args:
+        folder: output folder; nothing is written to it.
+        kind: `"baseline"` or `"dnc"`.
+        options: further options of the model's configuration.
+        arguments: of `DNCTrainingArguments`.
+    """
+    model = new_models(sizes.config(**options or {}), [kind], seed=0)[kind]
+    training = DNCTrainingArguments(output_dir=folder, disable_tqdm=True, **arguments)
+    trainer = DNCTrainer(model, training, sizes.dataset())
+    trainer.accelerator.prepare_model(trainer.model)  # its forward pass computes in bf16 from now on, if so asked
+    return trainer
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--output")
-    arguments = parser.parse_args()
+def trainer_step(trainer: Trainer, inputs: Mapping[str, Tensor]) -> Callable[[], None]:
+    """A function that makes one optimizer step on `inputs`: loss, gradient, clipping, update."""
+    trainer.create_optimizer()
+    model, num_items = trainer.model, torch.tensor(inputs["input_ids"].numel(), device=trainer.args.device)
+
+    def step() -> None:
+        trainer.training_step(model, dict(inputs), num_items)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), trainer.args.max_grad_norm)
+        trainer.optimizer.step()
+        trainer.optimizer.zero_grad()
+
+    return step
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = benchmark_parser(__doc__)
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["origin", "small"])
+    parser.add_argument("--addressings", nargs="+", choices=ADDRESSINGS, default=["lru"])
+    parser.add_argument(
+        "--routing_sample",
+        nargs="+",
+        type=float,
+        default=[1.0, 0.25],
+        metavar="SHARE",
+        help="shares of the targets that the routing term is computed on; default 1 and 0.25",
+    )
+    arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        for name, sizes in SIZES.items():
-            times = interleave(steps(folder, **sizes), arguments.repeats)
-            rows.append([name, 1000 * times["baseline"], 1000 * times["dnc"], times["dnc"] / times["baseline"]])
-    publish("Training step", ["sizes", "GPT-2 ms", "with memory ms", "ratio"], rows, arguments.output)
+        for name in arguments.sizes:
+            sizes = SIZES[name]
+            inputs = sizes.inputs()
+            trainers = {"baseline": dnc_trainer(folder, sizes, "baseline")}
+            for addressing, share in itertools.product(arguments.addressings, arguments.routing_sample):
+                options = {"addressing": addressing}
+                trainers[addressing, share] = dnc_trainer(folder, sizes, "dnc", options, routing_sample=share)
+            steps = {key: trainer_step(trainer, inputs) for key, trainer in trainers.items()}
+            times = interleave(steps, arguments.repeats)
+            baseline = times.pop("baseline")
+            for (addressing, share), seconds in times.items():
+                target = TARGETS.get((name, share))
+                rows.append([name, addressing, share, 1000 * baseline, 1000 * seconds, seconds / baseline, target])
+    header = ["sizes", "addressing", "routing sample", "GPT-2 ms", "with memory ms", "ratio", "target, at most"]
+    publish("Training step", header, rows, arguments.output)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Side-by-side evaluation of saved checkpoints and all that is written about it."""
 
+import logging
 import platform
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -7,17 +8,24 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState
+from transformers import AutoConfig, GPT2Config, PreTrainedModel, PreTrainedTokenizerBase, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
+from configuration_dnc_gpt2 import DNCGPT2Config
+
 from . import plots, report
-from .corpus import Exam, load_corpus
-from .data import DataArguments, ExampleDataset, TokenizedText, load_tokenizer, tokenize_texts
-from .evaluation import evaluate
+from .corpus import Corpus, Exam, load_corpus
+from .data import DataArguments, ExampleDataset, TokenizedText, load_tokenizer, split_end, tokenize_texts
+from .evaluation import Runner, evaluate
 from .metrics import MEMORY_METRICS
 from .models import count_parameters, has_memory, load_model, require_checkpoint, window_size
+from .opponents import TUNING_TOKENS, NeuralCache, NeuralCacheRunner, OverlappingRunner, tune_neural_cache
+from .statistics import RESAMPLES, paired_difference, resampling_units
+
+logger = logging.getLogger(__name__)
 
 EINSTEIN = "Albert Einstein was born in 1879"
 
@@ -28,32 +36,208 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: version(name) for name in packages}}
 
 
+class Comparison:
+    """Evaluates one model after the other on the validation split; what is finished is written at once.
+
+    The first model is the reference: of every other the paired difference of losses is reported.
+
+    Args:
+        corpus: its validation text is scored.
+        tokenizer: of all models.
+        data: how the text is read.
+        output_dir: folder of comparison.json and comparison.md.
+        batch_size: examples at a time where no memory is carried.
+        seed: of the training, for the record.
+        inspect: texts whose memory writes are recorded, beside `EINSTEIN`.
+
+    Attributes:
+        result: the comparison so far, as in comparison.json; every process has it, the main one writes.
+    """
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        tokenizer: PreTrainedTokenizerBase,
+        data: DataArguments,
+        output_dir: str,
+        *,
+        accelerator: Accelerator,
+        batch_size: int = 8,
+        seed: int | None = None,
+        inspect: Sequence[str] = (),
+        trust_remote_code: bool = False,
+        progress: bool = True,
+    ):
+        self.tokenizer, self.data, self.output_dir = tokenizer, data, output_dir
+        self.accelerator, self.batch_size, self.inspect = accelerator, batch_size, inspect
+        self.trust_remote_code, self.progress = trust_remote_code, progress
+        self.text = tokenize_texts(corpus.texts["validation"], tokenizer, "validation", data.max_eval_tokens)
+        self.dataset = evaluation_dataset(self.text, data)
+        self.exam = Exam.of(corpus, self.dataset, tokenizer) if corpus.questions else None
+        self.units = resampling_units(self.text.document_starts.numpy())
+        self.reference_nll: np.ndarray | None = None
+        self.result: dict[str, Any] = {
+            "models": {},
+            "delta_percent": {},
+            "differences": {},
+            "data": {
+                **corpus.description,
+                "scored_tokens": self.dataset.num_targets,
+                "bytes": self.text.num_bytes,
+                "words": self.text.num_words,
+                "example_length": self.dataset.example_length,
+                "carry_memory": data.carry_memory,
+                "eval_streams": data.eval_streams if data.carry_memory else None,
+                "reset_at_documents": data.reset_at_documents,
+                "bootstrap": f"{RESAMPLES:,} resamples of {self.units.description}",
+            },
+            "memory_writes": {},
+            "seed": seed,
+            "versions": versions(),
+        }
+
+    def add(self, name: str, path: str) -> None:
+        """Evaluate a checkpoint: a folder or hub name.
+
+        Raises:
+            ValueError: it cannot be loaded, or does not know the tokenizer's tokens.
+        """
+        model = self._load(path)
+        self._evaluate(name, path, model)
+        if has_memory(model):
+            self.result["memory_writes"][name] = {
+                sentence: report.write_inspection_records(inspect_writes(model, self.tokenizer, sentence))
+                for sentence in dict.fromkeys((EINSTEIN, *self.inspect))
+            }
+        self._write()
+
+    def add_scored(self, opponent: str, path: str, entries: int) -> None:
+        """Evaluate a plain GPT-2's checkpoint as one of `opponents.SCORED` scores it.
+
+        Args:
+            entries: of the neural cache.
+        """
+        model = self._load(path)
+        if opponent == "neural_cache":
+            cache = self._tuned_cache(model, entries)
+            runner = NeuralCacheRunner(model, cache)
+            details = {"entries": cache.entries, "theta": cache.theta, "lambda": cache.share}
+        else:
+            runner = OverlappingRunner(model)
+            details = {"stride": runner.stride(self.dataset.example_length)}
+        self._evaluate(opponent, path, model, runner, details)
+        self._write()
+
+    def finish(self) -> dict[str, Any]:
+        """Draw the figures; returns the comparison."""
+        if self.accelerator.is_main_process:
+            write_figures(self.result, self.output_dir)
+        self.accelerator.wait_for_everyone()
+        return self.result
+
+    def _load(self, path: str) -> PreTrainedModel:
+        model = load_model(path, self.trust_remote_code).to(self.accelerator.device)
+        if (largest := int(self.text.tokens.max())) >= model.config.vocab_size:
+            raise ValueError(
+                f"{path} knows {model.config.vocab_size} tokens, but its tokenizer gives {largest}: save the tokenizer "
+                "that it was trained with beside it."
+            )
+        return model
+
+    def _evaluate(
+        self,
+        name: str,
+        path: str,
+        model: PreTrainedModel,
+        runner: Runner | None = None,
+        details: Mapping[str, Any] | None = None,
+    ) -> None:
+        accelerator = self.accelerator
+        models, window = self.result["models"], window_size(model, self.dataset.example_length)
+        result = evaluate(
+            model,
+            self.dataset,
+            runner=runner,
+            carry_memory=self.data.carry_memory,
+            streams=self.data.eval_streams,
+            batch_size=self.batch_size,
+            rank=accelerator.process_index,
+            world_size=accelerator.num_processes,
+            gather=partial(accelerator.reduce, reduction="sum") if accelerator.num_processes > 1 else None,
+            autocast=accelerator.autocast,
+            description=f"Evaluating {name}",
+            progress=self.progress and accelerator.is_main_process,
+        )
+        metrics = dict.fromkeys(MEMORY_METRICS) | result.metrics(self.text.num_bytes, self.text.num_words)
+        first = next(iter(models.values()))["window"] if models else window
+        # All models are asked the same questions, at distances in windows of the reference.
+        metrics |= self.exam.recall(result.columns["rank"], first) if self.exam else {}
+        models[name] = {"path": str(path), "parameters": count_parameters(model), "window": window, "metrics": metrics}
+        models[name] |= {"scoring": dict(details)} if details else {}
+        if self.reference_nll is None:
+            self.reference_nll = result.columns["nll"]
+            self.result["data"] |= self.exam.guessing(first) if self.exam else {}
+        else:
+            self.result["differences"][name] = paired_difference(result.columns["nll"], self.reference_nll, self.units)
+        self.result["delta_percent"] = report.delta_percent(models)
+
+    def _tuned_cache(self, model: PreTrainedModel, entries: int) -> NeuralCache:
+        data = self.data
+        if not data.held_out_tokens and self.accelerator.is_main_process:
+            logger.warning(
+                "The neural cache is tuned on the end of the training text, which its model was trained on, so that it "
+                "may trust the model too much: train with --held_out_tokens %d.",
+                TUNING_TOKENS,
+            )
+        corpus = load_corpus(data, ("train",))
+        text = tokenize_texts(corpus.texts["train"], self.tokenizer, "training", data.max_train_tokens)
+        tokens = min(data.held_out_tokens or TUNING_TOKENS, TUNING_TOKENS)
+        if tokens < len(text.tokens) - 1:
+            _, text = split_end(text, tokens, self.tokenizer)
+        dataset = ExampleDataset(
+            text,
+            data.seq_len,
+            data.windows_per_example,
+            streams=1 if data.carry_memory else None,
+            reset_at_documents=data.reset_at_documents,
+        )
+        return tune_neural_cache(
+            model,
+            dataset,
+            entries,
+            carry_memory=data.carry_memory,
+            batch_size=self.batch_size,
+            autocast=self.accelerator.autocast,
+        )
+
+    def _write(self) -> None:
+        if self.accelerator.is_main_process:
+            report.write_comparison(self.result, self.output_dir)
+
+
 def compare_checkpoints(
     checkpoints: Mapping[str, str],
     data: DataArguments,
     output_dir: str,
     *,
-    accelerator: Accelerator,
-    batch_size: int = 8,
-    seed: int | None = None,
-    inspect: Sequence[str] = (),
-    trust_remote_code: bool = False,
-    progress: bool = True,
+    opponents: Sequence[str] = (),
+    **options: Any,
 ) -> dict[str, Any]:
     """Evaluate checkpoints on the validation split and write JSON, Markdown and figures to `output_dir`.
 
     Args:
         checkpoints: name -> folder or hub name; the first is the reference.
         data: names the split and how it is read.
-        batch_size: examples at a time where no memory is carried.
-        seed: of the training, for the record.
-        inspect: texts whose memory writes are recorded, beside `EINSTEIN`.
+        opponents: of `opponents.SCORED`, beside the checkpoints. They score the first plain GPT-2 among these; the
+            neural cache has as many entries as the first memory among them has slots.
+        options: of `Comparison`.
 
     Returns:
-        The comparison, as in comparison.json; every process has it, the main one writes.
+        The comparison, as in comparison.json.
 
     Raises:
-        ValueError: a checkpoint cannot be loaded, or the tokenizers differ, or a text to inspect is empty.
+        ValueError: a checkpoint cannot be loaded, or the tokenizers differ, or a text to inspect is empty, or the
+            opponents find no plain GPT-2 or no memory among the checkpoints.
     """
     for path in checkpoints.values():
         require_checkpoint(path)
@@ -69,63 +253,31 @@ def compare_checkpoints(
                 f"{checkpoints[other]} and {checkpoints[reference]} have different tokenizers, so that their numbers "
                 "cannot be compared: compare checkpoints of one tokenizer."
             )
-    text = tokenize_texts(corpus.texts["validation"], tokenizer, "validation", data.max_eval_tokens)
-    dataset = evaluation_dataset(text, data)
-    exam = Exam.of(corpus, dataset, tokenizer) if corpus.questions else None
-    models: dict[str, Any] = {}
-    inspections: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    plain, entries = _scored_by(opponents, checkpoints, options.get("trust_remote_code", False))
+    comparison = Comparison(corpus, tokenizer, data, output_dir, **options)
     for name, path in checkpoints.items():
-        model = load_model(path, trust_remote_code).to(accelerator.device)
-        window = window_size(model, dataset.example_length)
-        if (largest := int(text.tokens.max())) >= model.config.vocab_size:
-            raise ValueError(
-                f"{path} knows {model.config.vocab_size} tokens, but its tokenizer gives {largest}: save the tokenizer "
-                "that it was trained with beside it."
-            )
-        result = evaluate(
-            model,
-            dataset,
-            carry_memory=data.carry_memory,
-            streams=data.eval_streams,
-            batch_size=batch_size,
-            rank=accelerator.process_index,
-            world_size=accelerator.num_processes,
-            gather=partial(accelerator.reduce, reduction="sum") if accelerator.num_processes > 1 else None,
-            autocast=accelerator.autocast,
-            description=f"Evaluating {name}",
-            progress=progress and accelerator.is_main_process,
-        )
-        metrics = dict.fromkeys(MEMORY_METRICS) | result.metrics(text.num_bytes, text.num_words)
-        metrics |= exam.recall(result.columns["rank"], window) if exam else {}
-        models[name] = {"path": str(path), "parameters": count_parameters(model), "window": window, "metrics": metrics}
-        if has_memory(model):
-            inspections[name] = {
-                sentence: report.write_inspection_records(inspect_writes(model, tokenizer, sentence))
-                for sentence in dict.fromkeys((EINSTEIN, *inspect))
-            }
-    first = models[reference]["window"]
-    comparison = {
-        "models": models,
-        "delta_percent": report.delta_percent(models),
-        "data": {
-            **corpus.description,
-            "scored_tokens": dataset.num_targets,
-            "bytes": text.num_bytes,
-            "words": text.num_words,
-            "example_length": dataset.example_length,
-            "carry_memory": data.carry_memory,
-            "eval_streams": data.eval_streams if data.carry_memory else None,
-            "reset_at_documents": data.reset_at_documents,
-            **(exam.guessing(first) if exam else {}),
-        },
-        "memory_writes": inspections,
-        "seed": seed,
-        "versions": versions(),
+        comparison.add(name, path)
+    for opponent in opponents:
+        comparison.add_scored(opponent, plain, entries)
+    return comparison.finish()
+
+
+def _scored_by(opponents: Sequence[str], checkpoints: Mapping[str, str], trust_remote_code: bool) -> tuple[str, int]:
+    """The checkpoint that these opponents score, and the entries of the neural cache."""
+    if not opponents:
+        return "", 0
+    configs = {
+        path: AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code) for path in checkpoints.values()
     }
-    if accelerator.is_main_process:
-        write_comparison(comparison, output_dir)
-    accelerator.wait_for_everyone()
-    return comparison
+    plain = [path for path, config in configs.items() if config.model_type == GPT2Config.model_type]
+    if not plain:
+        raise ValueError(f"--opponents {','.join(opponents)} score a plain GPT-2: name its checkpoint too.")
+    slots = [config.mem_slots for config in configs.values() if config.model_type == DNCGPT2Config.model_type]
+    if "neural_cache" in opponents and not slots:
+        raise ValueError(
+            "--opponents neural_cache has as many entries as a memory has slots: name a checkpoint with memory too."
+        )
+    return plain[0], slots[0] if slots else 0
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -169,10 +321,9 @@ def histories(comparison: Mapping[str, Any]) -> dict[str, list[dict[str, float]]
     return found
 
 
-def write_comparison(comparison: Mapping[str, Any], output_dir: str) -> None:
-    """Write JSON, Markdown and the figures that the comparison has data for."""
+def write_figures(comparison: Mapping[str, Any], output_dir: str) -> None:
+    """Draw the figures that the comparison has data for."""
     folder = Path(output_dir)
-    report.write_comparison(comparison, folder)
     if curves := histories(comparison):
         plots.training_curves(curves, folder / "training_curves.png")
     if any(report.recall_of(model) for model in comparison["models"].values()):
@@ -180,8 +331,10 @@ def write_comparison(comparison: Mapping[str, Any], output_dir: str) -> None:
 
 
 def printed(comparison: Mapping[str, Any]) -> str:
-    """The comparison for a terminal: the table, then the memory writes."""
+    """The comparison for a terminal: the table, the paired differences, then the memory writes."""
     parts = [report.comparison_table(comparison)]
+    if lines := report.difference_lines(comparison):
+        parts.append("\n".join(lines))
     for name, texts in comparison["memory_writes"].items():
         for text, records in texts.items():
             tokens = [(record["token"], record["write_gate"]) for record in records]

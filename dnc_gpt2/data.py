@@ -3,6 +3,8 @@
 `load_texts` reads records, `tokenize_texts` joins them to one long row of tokens, `ExampleDataset` cuts that row into
 examples, `StreamBatchSampler` (training) and `evaluation_rows` (evaluation) say which examples a batch holds. Token t
 predicts token t + 1, so N tokens have N - 1 targets, and every one of them is scored exactly once.
+
+For a training text that is too large to be held, `stream_records` and `streaming.StreamedExamples` do this as it comes.
 """
 
 import glob
@@ -13,7 +15,9 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import datasets
 import torch
@@ -34,6 +38,10 @@ TABLE_BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": 
 
 PIECE_CHARS = 2**16
 BATCH_CHARS = 2**21
+
+TOKENIZER_CHARS = 2**26  # what a tokenizer is trained on where the training text is a stream
+CHARS_PER_TOKEN = 16  # of a stream so many characters are read for each token wanted; English has four or five
+PEEKED_ROWS = 100
 
 
 class DataError(ValueError):
@@ -85,8 +93,19 @@ class DataArguments:
     eval_streams: int = field(
         default=4, metadata={"help": "Contiguous streams that evaluation cuts the text into with --carry_memory."}
     )
+    held_out_tokens: int = field(
+        default=0,
+        metadata={"help": "Do not train on the text's last tokens, so many; the neural cache is tuned on them."},
+    )
     max_train_tokens: int | None = field(default=None, metadata={"help": "Train on the first tokens only."})
     max_eval_tokens: int | None = field(default=None, metadata={"help": "Evaluate on the first tokens only."})
+    streaming: bool = field(
+        default=False,
+        metadata={
+            "help": "Read and tokenize the training text while training, and keep none of it: for corpora that do not "
+            "fit the disk. Needs --max_steps and --max_eval_tokens."
+        },
+    )
 
     def __post_init__(self) -> None:
         # A YAML file may give one file as a plain string.
@@ -98,16 +117,27 @@ class DataArguments:
             raise DataError(
                 f"dataset_name={self.dataset_name!r} excludes train_file and validation_file; give one or the other"
             )
-        _require_at_least("seq_len", self.seq_len, 2)
-        _require_at_least("windows_per_example", self.windows_per_example, 1)
-        _require_at_least("eval_streams", self.eval_streams, 1)
-        _require_at_least("tokenizer_vocab_size", self.tokenizer_vocab_size, MIN_VOCAB_SIZE)
+        require_at_least("seq_len", self.seq_len, 2)
+        require_at_least("windows_per_example", self.windows_per_example, 1)
+        require_at_least("eval_streams", self.eval_streams, 1)
+        require_at_least("held_out_tokens", self.held_out_tokens, 0)
+        require_at_least("tokenizer_vocab_size", self.tokenizer_vocab_size, MIN_VOCAB_SIZE)
         for name in ("max_train_tokens", "max_eval_tokens"):
             if getattr(self, name) is not None:
-                _require_at_least(name, getattr(self, name), 2)
+                require_at_least(name, getattr(self, name), 2)
+        if self.streaming:
+            if not (self.dataset_name or self.train_file):
+                raise DataError("streaming needs a corpus; give --dataset_name or --train_file")
+            if self.max_eval_tokens is None:
+                raise DataError("streaming needs max_eval_tokens, the tokens of the validation split to read")
+            if self.max_train_tokens is not None:
+                raise DataError("streaming excludes max_train_tokens; max_steps bounds what is trained on")
+            if self.held_out_tokens:
+                raise DataError("streaming excludes held_out_tokens; the end of a stream is not known")
 
 
-def _require_at_least(name: str, value: int, minimum: int) -> None:
+def require_at_least(name: str, value: int, minimum: int) -> None:
+    """Refuse a size that is too small, by its name."""
     if value < minimum:
         raise DataError(f"{name}={value} is too small; it must be at least {minimum}")
 
@@ -129,27 +159,28 @@ def load_texts(arguments: DataArguments, splits: Sequence[str] = ("train", "vali
     single line with its line end, as in the hub's WikiText: such rows are the lines of one file and become one record,
     where an empty row stands for a blank line. Records without text are left out.
 
+    With `streaming` only the records that `max_eval_tokens` can need are read.
+
     Returns:
         Split name -> its records, at least one, none of them empty.
 
     Raises:
         DataError: no source is given for a split, or it cannot be reached, found or read, or holds no text.
     """
+    if arguments.streaming:
+        characters = CHARS_PER_TOKEN * arguments.max_eval_tokens
+        return {split: first_records(stream_records(arguments, split), characters) for split in splits}
     return {split: _load_split(arguments, split) for split in splits}
 
 
 def _load_split(arguments: DataArguments, split: str) -> list[str]:
+    source = _source(arguments, split)
     if arguments.dataset_name:
-        name = {"train": arguments.train_split, "validation": arguments.validation_split}[split]
-        source = f"split {name!r} of data set {arguments.dataset_name!r}"
-        table = _load_dataset(arguments.dataset_name, arguments.dataset_config_name, name, f"--{split}_split")
-        records = _column(table, arguments.text_column, source)
+        records = _column(_load_dataset(arguments, split), arguments.text_column, source)
     else:
-        patterns = {"train": arguments.train_file, "validation": arguments.validation_file}[split]
-        if not patterns:
-            raise DataError(f"no {split} text: give --{split}_file, or --dataset_name with a {split} split")
-        source = f"--{split}_file {' '.join(patterns)}"
-        records = [record for path in _files(patterns) for record in _read_file(path, arguments.text_column)]
+        records = [
+            record for path in _split_files(arguments, split) for record in _read_file(path, arguments.text_column)
+        ]
     texts = [record for record in records if record]
     if not texts:
         raise DataError(f"{source} holds no text")
@@ -158,26 +189,44 @@ def _load_split(arguments: DataArguments, split: str) -> list[str]:
     return texts
 
 
-def _load_dataset(name: str, config_name: str | None, split: str, split_option: str) -> datasets.Dataset:
+def _split_name(arguments: DataArguments, split: str) -> str:
+    return {"train": arguments.train_split, "validation": arguments.validation_split}[split]
+
+
+def _source(arguments: DataArguments, split: str) -> str:
+    """What messages call a split's text."""
+    if arguments.dataset_name:
+        return f"split {_split_name(arguments, split)!r} of data set {arguments.dataset_name!r}"
+    return f"--{split}_file {' '.join(getattr(arguments, f'{split}_file') or ())}"
+
+
+def _load_dataset(
+    arguments: DataArguments, split: str, streaming: bool = False
+) -> datasets.Dataset | datasets.IterableDataset:
+    name, config_name = arguments.dataset_name, arguments.dataset_config_name
     try:
         builder = datasets.load_dataset_builder(name, config_name)
         # A text file is one record here too; by default `datasets` would make one of every line.
         options = {"sample_by": "document"} if builder.name == "text" else {}
-        return datasets.load_dataset(name, config_name, split=split, **options)
+        split_name = _split_name(arguments, split)
+        return datasets.load_dataset(name, config_name, split=split_name, streaming=streaming, **options)
     except Exception as error:  # the hub client, file systems and readers underneath raise errors of a dozen families
         if isinstance(error, ConnectionError):
             remedy = "where the hub cannot be reached, use --train_file and --validation_file, or a local folder"
         elif isinstance(error, FileNotFoundError):
             remedy = "check the name: a data set on the hub, or a local folder with data files"
         elif "Unknown split" in str(error):
-            remedy = f"choose another one with {split_option}"
+            remedy = f"choose another one with --{split}_split"
         else:
             remedy = "check --dataset_name and --dataset_config_name, or use --train_file and --validation_file"
         raise DataError(f"cannot load data set {name!r}: {_reason(error)} ({remedy})") from error
 
 
-def _files(patterns: Sequence[str]) -> list[Path]:
+def _split_files(arguments: DataArguments, split: str) -> list[Path]:
     """The named files in the order given, those of a glob pattern sorted."""
+    patterns = getattr(arguments, f"{split}_file")
+    if not patterns:
+        raise DataError(f"no {split} text: give --{split}_file, or --dataset_name with a {split} split")
     paths: list[Path] = []
     for pattern in patterns:
         path = Path(pattern).expanduser()
@@ -188,13 +237,26 @@ def _files(patterns: Sequence[str]) -> list[Path]:
     return paths
 
 
-def _read_file(path: Path, text_column: str) -> list[str | None]:
+def _checked_suffix(path: Path) -> str:
+    """The ending that says how to read a file."""
     suffix = path.suffix.lower()
     if path.is_dir():
         raise DataError(f"{path} is a folder; name its files ({path}/*.txt), or give it as --dataset_name")
     if suffix not in TEXT_SUFFIXES and suffix not in TABLE_BUILDERS:
         known = " ".join((*TEXT_SUFFIXES, *TABLE_BUILDERS))
         raise DataError(f"{path} has the unknown ending {suffix!r}; rename or convert it to one of {known}")
+    return suffix
+
+
+def _builder_options(builder: str, text_column: str) -> dict[str, Any]:
+    if builder == "text":
+        return {"sample_by": "document", "encoding": "utf-8-sig"}
+    # Left to itself the CSV reader turns texts such as "NA" into nothing and "007" into the number 7.
+    return {"keep_default_na": False, "converters": {text_column: str}} if builder == "csv" else {}
+
+
+def _read_file(path: Path, text_column: str) -> list[str | None]:
+    suffix = _checked_suffix(path)
     try:
         if path.stat().st_size == 0:
             raise DataError(f"{path} is empty; give a file that holds text")
@@ -204,15 +266,17 @@ def _read_file(path: Path, text_column: str) -> list[str | None]:
         raise DataError(f"cannot read {path}: {error.strerror}") from error
 
     builder = TABLE_BUILDERS[suffix]
-    # Left to itself the CSV reader turns texts such as "NA" into nothing and "007" into the number 7.
-    options = {"keep_default_na": False, "converters": {text_column: str}} if builder == "csv" else {}
-    # Without this a path with [ or * in it would be taken for a pattern.
-    data_files = [glob.escape(str(path))]
+    options = _builder_options(builder, text_column)
     try:
-        table = datasets.load_dataset(builder, data_files=data_files, split="train", **options)
+        table = datasets.load_dataset(builder, data_files=_escaped([path]), split="train", **options)
     except Exception as error:  # as above
         raise DataError(f"cannot read {path} as {builder}: {_reason(error)}; repair or convert the file") from error
     return _column(table, text_column, str(path))
+
+
+def _escaped(paths: Sequence[Path]) -> list[str]:
+    # Without this a path with [ or * in it would be taken for a pattern.
+    return [glob.escape(str(path)) for path in paths]
 
 
 def _read_text(path: Path) -> str:
@@ -227,17 +291,86 @@ def _read_text(path: Path) -> str:
 
 
 def _column(table: datasets.Dataset, column: str, source: str) -> list[str | None]:
-    if column not in table.column_names:
-        names = ", ".join(table.column_names)
-        raise DataError(f"{source} has no column {column!r}; choose one with --text_column: {names}")
+    _require_column(column, table.column_names, source)
     kind = getattr(table.features[column], "dtype", type(table.features[column]).__name__)
     if kind not in ("string", "large_string"):
-        raise DataError(f"column {column!r} of {source} holds {kind}, not text; choose another one with --text_column")
+        raise _not_text(column, kind, source)
     rows = list(table[column])
-    lines = [row for row in rows if row]
-    if all(row.find("\n") == len(row) - 1 for row in lines):
-        return ["".join(row or "\n" for row in rows)] if lines else []
+    if _are_lines(rows):
+        return ["".join(row or "\n" for row in rows)] if any(rows) else []
     return rows
+
+
+def _require_column(column: str, names: Sequence[str], source: str) -> None:
+    if column not in names:
+        raise DataError(f"{source} has no column {column!r}; choose one with --text_column: {', '.join(names)}")
+
+
+def _not_text(column: str, kind: str, source: str) -> DataError:
+    return DataError(f"column {column!r} of {source} holds {kind}, not text; choose another one with --text_column")
+
+
+def _are_lines(rows: Sequence[str | None]) -> bool:
+    """Whether every row that is not empty is a single line with its line end."""
+    return all(row.find("\n") == len(row) - 1 for row in rows if row)
+
+
+def stream_records(arguments: DataArguments, split: str) -> datasets.IterableDataset:
+    """The rows of a split, read as they are asked for: a `datasets.IterableDataset` of the column `text_column`.
+
+    As in `load_texts` a text file and a row of a table are a record each. Rows that are the lines of one file are
+    refused: they would be dealt out to different streams.
+
+    Raises:
+        DataError: no source is given for the split, or it cannot be reached, found or read, or holds no text.
+    """
+    column, source = arguments.text_column, _source(arguments, split)
+    if arguments.dataset_name:
+        stream = _load_dataset(arguments, split, streaming=True)
+    else:
+        stream = _stream_files(_split_files(arguments, split), column)
+    try:
+        first = list(islice(stream, PEEKED_ROWS))
+    except Exception as error:  # as in `_load_dataset`
+        raise DataError(f"cannot read {source}: {_reason(error)}; check the connection and the files") from error
+    if first:
+        _require_column(column, list(first[0]), source)
+    rows = [row[column] for row in first]
+    for row in rows:
+        if not isinstance(row, str | None):
+            raise _not_text(column, type(row).__name__, source)
+    if any(rows) and _are_lines(rows):
+        raise DataError(
+            f"the rows of {source} are the lines of a file, which cannot be streamed; leave --streaming out"
+        )
+    if not first:
+        raise DataError(f"{source} holds no text")
+    return stream.select_columns(column)
+
+
+def _stream_files(paths: Sequence[Path], text_column: str) -> datasets.IterableDataset:
+    by_builder: dict[str, list[Path]] = {}
+    for path in paths:
+        by_builder.setdefault(TABLE_BUILDERS.get(_checked_suffix(path), "text"), []).append(path)
+    streams = []
+    for builder, files in by_builder.items():
+        options = _builder_options(builder, text_column)
+        streams.append(
+            datasets.load_dataset(builder, data_files=_escaped(files), split="train", streaming=True, **options)
+        )
+    return streams[0] if len(streams) == 1 else datasets.concatenate_datasets(streams)
+
+
+def first_records(stream: datasets.IterableDataset, characters: int) -> list[str]:
+    """The first records of a stream that together have so many characters, or all where they have fewer."""
+    records: list[str] = []
+    for (record,) in map(dict.values, stream):
+        if characters <= 0:
+            break
+        if record:
+            records.append(record)
+            characters -= len(record)
+    return records
 
 
 # Tokenizing
@@ -266,7 +399,7 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int) -> GPT2Tokenizer:
     Raises:
         DataError: `vocab_size` is below 257, or there is no text.
     """
-    _require_at_least("tokenizer_vocab_size", vocab_size, MIN_VOCAB_SIZE)
+    require_at_least("tokenizer_vocab_size", vocab_size, MIN_VOCAB_SIZE)
     if not any(texts):
         raise DataError("there is no text to train a tokenizer on; give text, or a tokenizer with --tokenizer_name")
     backend = Tokenizer(models.BPE())
@@ -345,9 +478,7 @@ def tokenize_texts(
     with tqdm(desc=f"Tokenizing {what} text", total=characters, unit="char", disable=None, leave=False) as bar:
         for batch in _batches(texts, _cuts_at_spaces(tokenizer)):
             pieces = [piece for piece, _ in batch]
-            encoded = tokenizer(
-                pieces, add_special_tokens=False, truncation=False, return_attention_mask=False, verbose=False
-            )["input_ids"]
+            encoded = _encode(pieces, tokenizer)
             chunk: list[int] = []
             for (piece, separated), ids in zip(batch, encoded, strict=True):
                 bar.update(len(piece))
@@ -369,17 +500,71 @@ def tokenize_texts(
     tokens = torch.cat(chunks) if chunks else torch.empty(0, dtype=torch.long)
     if len(tokens) < 2:
         raise DataError(f"the {what} text has {len(tokens)} tokens, at least 2 are needed; give more text")
-    vocab_size = len(tokenizer) if vocab_size is None else vocab_size
-    if (largest := int(tokens.max())) >= vocab_size:
-        raise DataError(
-            f"token id {largest} ({tokenizer.convert_ids_to_tokens(largest)!r}) of the {what} text lies beyond the "
-            f"vocabulary of {vocab_size}; choose the tokenizer that belongs to the model"
-        )
+    _require_known(int(tokens.max()), tokenizer, what, len(tokenizer) if vocab_size is None else vocab_size)
+    return TokenizedText(tokens, document_starts(tokens, separator), num_bytes, num_words)
+
+
+def encode_record(
+    record: str, tokenizer: PreTrainedTokenizerBase, what: str = "training", vocab_size: int | None = None
+) -> Tensor:
+    """Tokens [n] of one record and the end-of-text token after it; arguments and errors as in `tokenize_texts`."""
+    pieces = list(_pieces(record)) if _cuts_at_spaces(tokenizer) else [record]
+    ids = [token for piece in _encode(pieces, tokenizer) for token in piece] + [tokenizer.eos_token_id]
+    _require_known(max(ids), tokenizer, what, len(tokenizer) if vocab_size is None else vocab_size)
+    return torch.tensor(ids)
+
+
+def document_starts(tokens: Tensor, separator: int | None) -> Tensor:
+    """bool [N], True at the first of the tokens [N] and wherever one follows an end-of-text token."""
     starts = torch.zeros(len(tokens), dtype=torch.bool)
     starts[0] = True
     if separator is not None:
         starts[1:] = tokens[:-1] == separator
-    return TokenizedText(tokens, starts, num_bytes, num_words)
+    return starts
+
+
+def _encode(pieces: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    return tokenizer(pieces, add_special_tokens=False, truncation=False, return_attention_mask=False, verbose=False)[
+        "input_ids"
+    ]
+
+
+def _require_known(token: int, tokenizer: PreTrainedTokenizerBase, what: str, vocab_size: int) -> None:
+    if token >= vocab_size:
+        raise DataError(
+            f"token id {token} ({tokenizer.convert_ids_to_tokens(token)!r}) of the {what} text lies beyond the "
+            f"vocabulary of {vocab_size}; choose the tokenizer that belongs to the model"
+        )
+
+
+def split_end(
+    text: TokenizedText, tokens: int, tokenizer: PreTrainedTokenizerBase
+) -> tuple[TokenizedText, TokenizedText]:
+    """A text without its last tokens, and these, `tokens` of them.
+
+    Bytes and words are those of the parts, to within a character or a word that the cut may divide.
+
+    Raises:
+        DataError: a part would have fewer than 2 tokens.
+    """
+    rest = len(text.tokens) - tokens
+    if rest < 2 or tokens < 2:
+        raise DataError(
+            f"held_out_tokens={tokens} is not possible with a training text of {len(text.tokens)} tokens: what is held "
+            "out and what is left need at least 2 each"
+        )
+    end, starts = text.tokens[rest:], text.document_starts
+
+    def size(ids: Tensor) -> tuple[int, int]:
+        part = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+        records = part.split(tokenizer.eos_token) if tokenizer.eos_token else [part]
+        return sum(len(r.encode()) for r in records), sum(len(r.split()) + r.count("\n") for r in records)
+
+    num_bytes, num_words = size(end)
+    return (
+        TokenizedText(text.tokens[:rest], starts[:rest], text.num_bytes - num_bytes, text.num_words - num_words),
+        TokenizedText(end, starts[rest:], *size(end[1:])),
+    )
 
 
 def _batches(texts: Sequence[str], cut: bool) -> Iterator[list[tuple[str, bool]]]:
@@ -467,8 +652,8 @@ class ExampleDataset(torch.utils.data.Dataset):
         reset_at_documents: bool = False,
         pad_token_id: int = 0,
     ) -> None:
-        _require_at_least("seq_len", seq_len, 2)
-        _require_at_least("windows_per_example", windows_per_example, 1)
+        require_at_least("seq_len", seq_len, 2)
+        require_at_least("windows_per_example", windows_per_example, 1)
         self.text = text
         self.example_length = seq_len * windows_per_example
         self.stream_length = None if streams is None else stream_length(len(self), streams)
@@ -524,7 +709,7 @@ def collate(examples: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 def stream_length(num_examples: int, streams: int) -> int:
     """Examples in each of `streams` contiguous streams; the last streams may be shorter, or empty."""
-    _require_at_least("streams", streams, 1)
+    require_at_least("streams", streams, 1)
     return math.ceil(num_examples / streams)
 
 
@@ -578,7 +763,7 @@ class StreamBatchSampler(torch.utils.data.Sampler[list[int]]):
             ("accumulation", accumulation),
             ("world_size", world_size),
         ):
-            _require_at_least(name, value, 1)
+            require_at_least(name, value, 1)
         if not 0 <= rank < world_size:
             raise DataError(f"rank={rank} is not in 0..{world_size - 1}")
         self.num_examples = num_examples

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
@@ -60,21 +61,11 @@ def prediction_columns(logits: Tensor, targets: Tensor, base_logits: Tensor | No
         "entropy": normalizer - torch.linalg.vecdot(probabilities, logits),
     }
     if base_logits is not None:
-        columns["memory_kl"] = _divergence(probabilities, logits, normalizer, finite(base_logits))
+        base_logits = finite(base_logits)
+        # The logits' differences are small where the memory changes little, so that nothing cancels.
+        difference = torch.linalg.vecdot(probabilities, logits - base_logits)
+        columns["memory_kl"] = difference - (normalizer - base_logits.logsumexp(-1))
     return columns
-
-
-def memory_divergence(logits: Tensor, base_logits: Tensor) -> Tensor:
-    """KL(p_memory || p_no_memory) in nats from logits [M, V] with and without the memory's read: [M]."""
-    logits = finite(logits)
-    normalizer = logits.logsumexp(-1)
-    return _divergence((logits - normalizer[:, None]).exp_(), logits, normalizer, finite(base_logits))
-
-
-def _divergence(probabilities: Tensor, logits: Tensor, normalizer: Tensor, base_logits: Tensor) -> Tensor:
-    # The logits' differences are small where the memory changes little, so that nothing cancels.
-    difference = torch.linalg.vecdot(probabilities, logits - base_logits)
-    return difference - (normalizer - base_logits.logsumexp(-1))
 
 
 def finite(logits: Tensor) -> Tensor:
@@ -101,13 +92,23 @@ def write_entropy(write_weights: Tensor) -> Tensor:
 
 
 class Runner:
-    """Runs a model over batches in text order and hands its memory on."""
+    """Runs a model over batches in text order and hands its memory on; other ways to score a text derive from it."""
 
     def __init__(self, model: PreTrainedModel):
         self.model, self.state = model, None
         self.memory = has_memory(model)
 
-    def __call__(self, batch: dict[str, Tensor], carry_memory: bool) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
+    def __call__(self, batch: dict[str, Tensor], carry_memory: bool) -> dict[str, Tensor]:
+        """Columns [M] of the batch's M scored targets, row by row: see `prediction_columns`, and the memory's."""
+        scored = batch["shift_labels"] != IGNORED
+        hidden, base_hidden, columns = self.hidden_states(batch, carry_memory)
+        columns = {name: column[scored] for name, column in columns.items()}
+        base_hidden = None if base_hidden is None else base_hidden[scored]
+        return columns | predictions(self.model.lm_head, hidden[scored], batch["shift_labels"][scored], base_hidden)
+
+    def hidden_states(
+        self, batch: dict[str, Tensor], carry_memory: bool
+    ) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
         """Final hidden states [B, X, H] with and without the read, and the memory's columns [B, X]."""
         if not self.memory:
             inputs = backbone_inputs(self.model, batch)["input_ids"]
@@ -131,6 +132,7 @@ def evaluate(
     model: PreTrainedModel,
     dataset: ExampleDataset,
     *,
+    runner: Runner | None = None,
     carry_memory: bool = False,
     streams: int = 4,
     batch_size: int = 8,
@@ -144,6 +146,7 @@ def evaluate(
     """Score every target of `dataset` once.
 
     Args:
+        runner: another way to score the text with `model`; used for this pass only.
         carry_memory: read the split as `streams` contiguous streams (those of `dataset`) whose memory state passes from
             example to example; otherwise every example starts with an empty memory.
         batch_size: examples at a time without carried memory.
@@ -156,21 +159,17 @@ def evaluate(
     device = next(model.parameters()).device
     names = LANGUAGE_MODEL_COLUMNS + (MEMORY_COLUMNS if has_memory(model) else ())
     results = torch.zeros(len(names), dataset.num_targets, dtype=torch.float64)
-    runner = Runner(model)
+    runner = Runner(model) if runner is None else runner
+    if isinstance(model, FSDPModule):
+        model.unshard()  # what is not sharded in a unit of its own is used here without the model's own `forward`
     steps = list(evaluation_rows(len(dataset), streams if carry_memory else None, batch_size))
     start = time.perf_counter()
     for step in tqdm(steps, desc=description, leave=False, disable=not progress):
-        rows = step[rank::world_size]
-        if all(row == EMPTY for row in rows):
-            continue
+        # A process that has nothing to score takes part all the same: it may hold a shard that the others need.
+        rows = step[rank::world_size] or [EMPTY]
         batch = {name: x.to(device) for name, x in collate([dataset[row] for row in rows]).items()}
-        targets = batch["shift_labels"]
-        scored = targets != IGNORED
         with autocast():
-            hidden, base_hidden, columns = runner(batch, carry_memory)
-            columns = {name: column[scored] for name, column in columns.items()}
-            base_hidden = None if base_hidden is None else base_hidden[scored]
-            columns |= _predictions(model.lm_head, hidden[scored], targets[scored], base_hidden)
+            columns = runner(batch, carry_memory)
         places = torch.cat([torch.arange(*dataset.target_range(row)) for row in rows])
         for name, column in columns.items():
             results[names.index(name), places] = column.double().cpu()
@@ -178,13 +177,15 @@ def evaluate(
     if gather is not None:
         results = gather(results.to(device)).cpu()
         seconds = float(gather(torch.tensor(seconds, device=device))) / world_size
+    if isinstance(model, FSDPModule):
+        model.reshard()
     model.train(was_training)
     columns = {name: results[i].numpy() for i, name in enumerate(names)}
     columns["rank"] = columns["rank"].astype(np.int64)
     return Evaluation(columns, seconds)
 
 
-def _predictions(
+def predictions(
     lm_head: torch.nn.Module, hidden: Tensor, targets: Tensor, base_hidden: Tensor | None
 ) -> dict[str, Tensor]:
     """`prediction_columns` of hidden states [M, H], a chunk of tokens at a time."""

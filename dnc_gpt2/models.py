@@ -2,6 +2,8 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from types import MethodType
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -9,7 +11,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from configuration_dnc_gpt2 import DNCGPT2Config
-from modeling_dnc_gpt2 import DNCGPT2LMHeadModel
+from losses_dnc_gpt2 import causal_lm_losses
+from modeling_dnc_gpt2 import DNCGPT2CausalLMOutput, DNCGPT2LMHeadModel
 
 
 def has_memory(model: PreTrainedModel) -> bool:
@@ -46,6 +49,25 @@ def backbone_inputs(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> dict
     return {name: batch[name].reshape(-1, window) for name in ("input_ids", "labels", "shift_labels")}
 
 
+def allow_loss_without_logits(model: PreTrainedModel) -> None:
+    """Let a stock GPT-2's `forward` take `output_logits=False`, as that of the model with memory does.
+
+    For the comparison to be fair both must compute their loss in the same way. Class, weights and what is saved stay as
+    they are.
+    """
+    if not has_memory(model):
+        model.forward = MethodType(_gpt2_forward, model)
+
+
+def _gpt2_forward(model: GPT2LMHeadModel, *args: Any, output_logits: bool = True, **inputs: Any) -> Any:
+    if output_logits:
+        return type(model).forward(model, *args, **inputs)
+    targets = [inputs.pop(name, None) for name in ("labels", "shift_labels", "num_items_in_batch")]
+    hidden = model.transformer(*args, **inputs).last_hidden_state
+    losses = causal_lm_losses(model.lm_head, hidden, *targets)
+    return DNCGPT2CausalLMOutput(loss=losses.loss, correct=losses.correct)
+
+
 def new_models(
     config: DNCGPT2Config, kinds: list[str], seed: int, pretrained: str | None = None
 ) -> dict[str, PreTrainedModel]:
@@ -56,7 +78,7 @@ def new_models(
         seed: of the initial weights; the memory's do not disturb the backbone's.
         pretrained: name or folder of a GPT-2 checkpoint to start from, cut to `config.n_positions`.
     """
-    plain = GPT2Config(**{name: getattr(config, name) for name in _gpt2_fields(config)})
+    plain = gpt2_config(config)
     torch.manual_seed(seed)
     if pretrained is None:
         baseline = GPT2LMHeadModel(plain)
@@ -74,9 +96,11 @@ def new_models(
     return models
 
 
-def _gpt2_fields(config: DNCGPT2Config) -> list[str]:
+def gpt2_config(config: DNCGPT2Config, **changes: Any) -> GPT2Config:
+    """The GPT-2 part of a configuration, with these fields changed."""
     saved = config.to_dict()
-    return [name for name in GPT2Config().to_dict() if name in saved and name not in ("model_type", "architectures")]
+    names = [name for name in GPT2Config().to_dict() if name in saved and name not in ("model_type", "architectures")]
+    return GPT2Config(**{**{name: getattr(config, name) for name in names}, **changes})
 
 
 def shorten_positions(model: PreTrainedModel, n_positions: int) -> None:

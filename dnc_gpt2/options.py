@@ -17,6 +17,7 @@ from configuration_dnc_gpt2 import DNCGPT2Config
 
 from . import report
 from .data import DataArguments
+from .opponents import OPPONENTS, opponent_names
 
 
 def _text(value: str) -> str:
@@ -28,6 +29,13 @@ def _text(value: str) -> str:
 RUN_FILE = "run.json"
 INSPECT_OPTION = {
     "--inspect": {"nargs": "*", "default": [], "type": _text, "help": "Texts whose memory writes are shown."}
+}
+OPPONENTS_OPTION = {
+    "--opponents": {
+        "default": [],
+        "type": opponent_names,
+        "help": f"What else to compare with, separated by commas: {','.join(OPPONENTS)}.",
+    }
 }
 DATA_SOURCES = ("dataset_name", "dataset_config_name", "train_file", "validation_file")
 
@@ -62,7 +70,7 @@ class ModelArguments:
     masked_content: bool = field(default=False, metadata={"help": "Masked content addressing (dnc)."})
     erase_on_free: bool = field(default=False, metadata={"help": "Erase freed rows (dnc)."})
     sharpen_links: bool = field(default=False, metadata={"help": "Sharpen the reads along links (dnc)."})
-    scan: str = field(default="auto", metadata={"help": "Implementation of the recurrence: auto, eager or numba."})
+    scan: str = field(default="auto", metadata={"help": "The recurrence: auto, eager, numba or triton."})
 
     @property
     def kinds(self) -> list[str]:
@@ -172,9 +180,19 @@ def one_line_errors(program: str) -> Iterator[None]:
         sys.exit(f"{program}: {' '.join(str(error).split())}")
 
 
-def remember_run(folder: Path, data: DataArguments, seed: int) -> None:
-    """Write into a checkpoint what data it was trained on, so that comparing it needs no options."""
-    report.write_text(folder / RUN_FILE, report.to_json({"data": asdict(data), "seed": seed}))
+def remember_run(folder: Path, data: DataArguments, seed: int, arguments: Sequence[str] = ()) -> None:
+    """Write into a checkpoint what data it was trained on, so that comparing it needs no options, and the command line.
+
+    Checkpoints may be published: the command line is kept without tokens of the Hub.
+    """
+    kept, secret = [], False
+    for argument in arguments:
+        if argument.startswith("--"):
+            secret = argument.split("=")[0].endswith("token")
+        if not secret:
+            kept.append(argument)
+    run = {"data": asdict(data), "seed": seed, "arguments": kept}
+    report.write_text(folder / RUN_FILE, report.to_json(run))
 
 
 def recall_run(folder: str) -> dict[str, Any] | None:

@@ -3,11 +3,13 @@
 A comparison is the dictionary stored in `comparison.json`:
 
     {"models": {"baseline": {"path": str, "parameters": int, "metrics": {"ppl": float, ...}}, "dnc": {...}},
-     "delta_percent": {"dnc": {"ppl": float or None, ...}}, "data": {...}, "seed": int, "versions": {...}}
+     "delta_percent": {"dnc": {"ppl": float or None, ...}}, "data": {...}, "seed": int, "versions": {...},
+     "differences": {"dnc": {"loss": float, "loss_interval": [low, high] or None, "ppl_ratio": float, ...}}}
 
-The first model is the reference. `None` (JSON null) means that a metric does not exist for a model. A number that is
-not finite is a result and must not look like a missing one, but JSON has no such numbers: it is stored as one of the
-strings "NaN", "Infinity" and "-Infinity", which `float` reads back. Everything here takes either form.
+The first model is the reference; the differences to it are those of `dnc_gpt2.statistics.paired_difference`. `None`
+(JSON null) means that a metric does not exist for a model. A number that is not finite is a result and must not look
+like a missing one, but JSON has no such numbers: it is stored as one of the strings "NaN", "Infinity" and "-Infinity",
+which `float` reads back. Everything here takes either form.
 """
 
 import json
@@ -24,11 +26,23 @@ import numpy as np
 
 from .metrics import METRICS, OPEN_GATE, ReportedMetric
 
-MODEL_NAMES = {"baseline": "GPT2 Baseline", "dnc": "GPT2 + DNC"}
+MODEL_NAMES = {
+    "baseline": "GPT2 Baseline",
+    "dnc": "GPT2 + DNC",
+    "widened": "GPT2 widened",
+    "neural_cache": "GPT2 + cache",
+    "overlapping": "GPT2 overlapping",
+    "long_window": "GPT2 long window",
+    "simplified": "GPT2 + simplified",
+    "dnc_addressing": "GPT2 + Graves DNC",
+}
 """Names shown for the models of a training run; other keys are shown as they are."""
 
 BAR_WIDTH = 30
 """Blocks of a write gate of 1."""
+
+MOST_WITH_CHANGES = 4
+"""Models whose changes still fit a terminal's width beside their values."""
 
 _MISSING = "—"
 _ARROWS = {"higher": " ↑", "lower": " ↓", None: ""}
@@ -69,11 +83,14 @@ def recall_of(model: Mapping[str, Any]) -> dict[float, float]:
 def comparison_table(comparison: Mapping[str, Any]) -> str:
     """The table for a terminal: a column a model, and for each model after the first its change, a tick or a cross.
 
-    Metrics without a better direction, and changes that round to 0, get neither tick nor cross.
+    Of more than `MOST_WITH_CHANGES` models the changes are left to Markdown and JSON. Metrics without a better
+    direction, and changes that round to 0, get neither tick nor cross.
     """
     models = comparison["models"]
     names = [display_name(model) for model in _require_models(models)]
     table = [["Metric", *names, *_delta_headings(models)], *_table_rows(comparison)]
+    if len(names) > MOST_WITH_CHANGES:
+        table = [row[: 1 + len(names)] for row in table]
     columns = []
     for index, column in enumerate(zip(*table, strict=True)):
         is_value, is_change = 1 <= index <= len(names), index > len(names)
@@ -83,6 +100,19 @@ def comparison_table(comparison: Mapping[str, Any]) -> str:
     title = f"  FINAL {'COMPARISON' if len(names) > 1 else 'EVALUATION'} — {' vs '.join(names)}"
     width = max(_TABLE_WIDTH, *map(display_width, [title, heading, *lines]))
     return "\n".join(["═" * width, title, "═" * width, heading, f"  {'─' * (width - 4)}", *lines])
+
+
+def difference_lines(comparison: Mapping[str, Any]) -> list[str]:
+    """For a terminal, a line a model: the paired difference of its loss to the first model's, with its interval."""
+    rows = _difference_rows(comparison)
+    if not rows:
+        return []
+    table = [[_difference_heading(comparison), "Loss", "95 % interval", "Perplexity", "95 % interval"], *rows]
+    columns = []
+    for index, column in enumerate(zip(*table, strict=True)):
+        width = max(map(display_width, column))
+        columns.append([_pad(cell, width, align_right=index > 0) for cell in column])
+    return [f"  {'   '.join(cells)}".rstrip() for cells in zip(*columns, strict=True)]
 
 
 def comparison_markdown(comparison: Mapping[str, Any]) -> str:
@@ -102,21 +132,28 @@ def comparison_markdown(comparison: Mapping[str, Any]) -> str:
     if any(map(recall_of, models.values())):
         notes.append(
             "Recall is the fraction of answers whose tokens are all predicted right, also by the number of attention "
-            "windows between an answer and its fact; guessing always names the most frequent candidate."
+            "windows, those of the first model, between an answer and its fact; guessing always names the most "
+            "frequent candidate."
         )
     settings = {**_flat(comparison.get("data") or {}), "seed": str(comparison.get("seed", _MISSING))}
     descriptions = [
-        [display_name(key), str(model.get("path", _MISSING)), _format(_value(model, "parameters"), ",.0f")]
+        [
+            display_name(key),
+            str(model.get("path", _MISSING)),
+            _format(_value(model, "parameters"), ",.0f"),
+            ", ".join(f"{name} {_setting(value)}" for name, value in (model.get("scoring") or {}).items()),
+        ]
         for key, model in models.items()
     ]
     parts = [
         f"# {_escape(' vs '.join(names))}",
         _markdown_table(["Metric", *names, *deltas], _table_rows(comparison), alignment),
+        *_difference_sections(comparison),
         "## How it was evaluated",
         " ".join(notes),
         _settings_table(settings),
         "## Models",
-        _markdown_table(["Model", "Path", "Parameters"], descriptions, ["---", "---", "---:"]),
+        _markdown_table(["Model", "Path", "Parameters", "Scored with"], descriptions, ["---", "---", "---:", "---"]),
     ]
     if comparison.get("versions"):
         parts += ["## Versions", _settings_table(_flat(comparison["versions"]))]
@@ -234,6 +271,40 @@ def _table_rows(comparison: Mapping[str, Any]) -> list[list[str]]:
         ]
         for label, better, spec, values in rows
     ]
+
+
+def _difference_heading(comparison: Mapping[str, Any]) -> str:
+    return f"Against {display_name(next(iter(comparison['models'])))}"
+
+
+def _difference_rows(comparison: Mapping[str, Any]) -> list[list[str]]:
+    return [
+        [
+            display_name(model),
+            _format(float(row["loss"]), "+.4f"),
+            _interval(row["loss_interval"], "+.4f"),
+            f"x {_format(float(row['ppl_ratio']), '.4f')}",
+            _interval(row["ppl_ratio_interval"], ".4f"),
+        ]
+        for model, row in (comparison.get("differences") or {}).items()
+    ]
+
+
+def _difference_sections(comparison: Mapping[str, Any]) -> list[str]:
+    rows = _difference_rows(comparison)
+    if not rows:
+        return []
+    header = [_difference_heading(comparison), "Loss", "95 % interval", "Perplexity", "95 % interval"]
+    note = (
+        "Mean difference of the loss in nats a token on the same targets, and its exponential, the ratio of the "
+        "perplexities. Percentile intervals of a paired bootstrap over documents, or over contiguous blocks of a text "
+        "of few: see `bootstrap` below. They tell how far other text would give another result, not another training."
+    )
+    return ["## Paired differences", _markdown_table(header, rows, ["---", *["---:"] * 4]), note]
+
+
+def _interval(ends: Sequence[float] | None, spec: str) -> str:
+    return _MISSING if ends is None else f"[{', '.join(_format(float(end), spec) for end in ends)}]"
 
 
 def _format(value: float | None, spec: str) -> str:

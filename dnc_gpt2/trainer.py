@@ -16,8 +16,9 @@ from transformers.trainer import TRAINER_STATE_NAME
 from memory_dnc_gpt2 import MemoryState
 
 from .data import IGNORED, ExampleDataset, StreamBatchSampler, collate
-from .evaluation import evaluate, memory_divergence, split_tokens, write_entropy
-from .models import backbone_inputs, has_memory
+from .evaluation import evaluate, write_entropy
+from .models import allow_loss_without_logits, backbone_inputs, has_memory
+from .streaming import StreamedExamples
 
 
 @dataclass
@@ -30,17 +31,25 @@ class DNCTrainingArguments(TrainingArguments):
     )
     lambda_routing: float = field(default=0.1, metadata={"help": "Weight of the routing term."})
     lambda_entropy: float = field(default=0.05, metadata={"help": "Weight of the write entropy term."})
+    routing_sample: float = field(
+        default=1.0,
+        metadata={"help": "Share of the scored tokens, evenly spaced, that the routing term is estimated from."},
+    )
 
     def __post_init__(self):
         for name in ("lambda_routing", "lambda_entropy", "learning_rate"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name}={getattr(self, name)} is not allowed; it must be a finite number from 0 on.")
+        if not 0 < self.routing_sample <= 1:
+            raise ValueError(f"routing_sample={self.routing_sample} is not allowed; it must be above 0 and at most 1.")
         for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} is not allowed; it must be at least 1.")
         for name in ("num_train_epochs", "logging_steps", "save_steps", "eval_steps"):
             if getattr(self, name) is not None and not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"{name}={getattr(self, name)} is not allowed; it must be a finite number above 0.")
+        if self.ddp_find_unused_parameters is None:
+            self.ddp_find_unused_parameters = False  # every parameter of both models has a gradient in every step
         output_dir = self.output_dir
         if not torch.accelerator.is_available():
             self.use_cpu = True
@@ -71,8 +80,9 @@ class DNCTrainer(Trainer):
         L_routing = -mean( write_gate * stop_gradient(KL(p_memory || p_no_memory)) )
         L_entropy = mean( H(w / sum w) ), weighted by the detached gate where w contains it
 
-    each a sum over scored targets divided by the scored targets of the whole accumulated, distributed batch. The terms,
-    the mean write gate and the top-1 accuracy are logged beside the loss.
+    each a sum over scored targets divided by the scored targets of the whole accumulated, distributed batch. With
+    `routing_sample` below 1 the routing sum is estimated, without bias, from a sample of the targets. The terms, the
+    mean write gate and the top-1 accuracy are logged beside the loss. No logits of a whole batch are ever built.
 
     Args:
         carry_memory: train on contiguous streams whose memory passes, detached, from step to step, and evaluate so.
@@ -83,14 +93,23 @@ class DNCTrainer(Trainer):
         self,
         model,
         args: DNCTrainingArguments,
-        train_dataset: ExampleDataset,
+        train_dataset: ExampleDataset | StreamedExamples,
         eval_dataset: ExampleDataset | None = None,
         carry_memory: bool = False,
         eval_streams: int = 4,
         **kwargs: Any,
     ):
+        allow_loss_without_logits(model)
         use_cache = model.config.use_cache
         self.carry_memory, self.eval_streams = carry_memory, eval_streams
+        self.streaming = isinstance(train_dataset, StreamedExamples)
+        if self.streaming:
+            if args.dataloader_num_workers:
+                raise ValueError(
+                    f"dataloader_num_workers={args.dataloader_num_workers} is not possible with streaming, where "
+                    "checkpoints hold the place in the corpus: leave it at 0."
+                )
+            args.ignore_data_skip = True  # a checkpoint knows its place in the corpus
         self.memory_states: dict[int, MemoryState] = {}  # by micro-batch of an accumulated batch
         self._sums: Counter[str] = Counter()  # of the log, since the last one, over this process's scored targets
         super().__init__(
@@ -121,8 +140,17 @@ class DNCTrainer(Trainer):
         return True
 
     def get_train_dataloader(self) -> DataLoader:
-        """Batches of this process: the sampler knows its rank, so that the loader must not be sharded again."""
+        """Batches of this process: what they are made of knows its rank, so that they must not be sharded again."""
         args = self.args
+        pin_memory = args.dataloader_pin_memory and torch.accelerator.is_available()
+        if self.streaming:
+            return DataLoader(
+                self.train_dataset,
+                args.per_device_train_batch_size,
+                collate_fn=collate,
+                pin_memory=pin_memory,
+                generator=torch.Generator(),  # by default it draws from the state that a resumed run has just restored
+            )
         sampler = StreamBatchSampler(
             num_examples=len(self.train_dataset),
             batch_size=args.per_device_train_batch_size,
@@ -137,7 +165,7 @@ class DNCTrainer(Trainer):
             batch_sampler=sampler,
             collate_fn=collate,
             num_workers=args.dataloader_num_workers,
-            pin_memory=args.dataloader_pin_memory and torch.accelerator.is_available(),
+            pin_memory=pin_memory,
         )
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
@@ -151,51 +179,46 @@ class DNCTrainer(Trainer):
         micro_batch = inputs.pop("micro_batch", 0)
         unwrapped = self.accelerator.unwrap_model(model)
         memory = has_memory(unwrapped)
+        if not memory:
+            inputs = backbone_inputs(unwrapped, inputs)
+        scored = inputs["shift_labels"] != IGNORED
         if memory:
             state = self.memory_states.get(micro_batch) if self.carry_memory else None
-            inputs |= {
-                "memory_state": state,
-                "output_memory": True,
-                "output_base_logits": self.args.lambda_routing > 0,
-            }
-        else:
-            inputs = backbone_inputs(unwrapped, inputs)
-        targets = inputs["shift_labels"]
-        scored = targets != IGNORED
+            compared = take_sample(scored, self.args.routing_sample) if self.args.lambda_routing > 0 else False
+            inputs |= {"memory_state": state, "output_memory": True, "output_divergence": compared}
         num_items = scored.sum() if num_items_in_batch is None else num_items_in_batch
-        outputs = model(**inputs, num_items_in_batch=num_items, use_cache=False)
+        outputs = model(**inputs, num_items_in_batch=num_items, use_cache=False, output_logits=False)
         loss = outputs.loss
         self._sums["targets"] += scored.sum()
         self._sums["lm_loss"] += loss.detach() * num_items
-        self._sums["top1_acc"] += (outputs.logits.detach().argmax(-1) == targets).sum()
+        self._sums["top1_acc"] += outputs.correct.sum()
         if memory:
             if self.carry_memory and model.training:
                 self.memory_states[micro_batch] = outputs.memory_state.detach()
-            loss = loss + self._memory_terms(outputs, targets, scored, unwrapped.config.addressing) / num_items
+            loss = loss + self._memory_terms(outputs, scored, unwrapped.config.addressing) / num_items
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # distributed training averages gradients over processes
         return (loss, outputs) if return_outputs else loss
 
-    def _memory_terms(self, outputs, targets: Tensor, scored: Tensor, addressing: str) -> Tensor:
+    def _memory_terms(self, outputs, scored: Tensor, addressing: str) -> Tensor:
         """Weighted sum over scored targets of the memory's loss terms; adds each to the log."""
-        gates = outputs.write_gates[scored]
+        gates = outputs.write_gates * scored
         self._sums["write_gate"] += gates.detach().sum()
-        entropy = write_entropy(outputs.write_weights[scored])
-        if addressing != "simplified":  # there w does not contain the gate
-            entropy = entropy * gates.detach()
-        entropy = entropy.sum()
+        # "simplified" write weights do not contain the gate.
+        share = scored if addressing == "simplified" else gates.detach()
+        entropy = (share * write_entropy(outputs.write_weights)).sum()
         self._sums["entropy_loss"] += entropy.detach()
         total = self.args.lambda_entropy * entropy
-        if outputs.base_logits is not None:
-            with torch.no_grad():
-                pieces = split_tokens(outputs.logits[scored], outputs.base_logits[scored])
-                divergence = torch.cat([memory_divergence(*piece) for piece in pieces])
-            routing = -(gates * divergence).sum()
+        if self.args.lambda_routing > 0:
+            # Not scored or not in the sample: the divergence is 0.
+            routing = -(gates * outputs.divergence).sum() / self.args.routing_sample
             self._sums["routing_loss"] += routing.detach()
             total = total + self.args.lambda_routing * routing
         return total
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self.streaming:  # transformers counts from the last resumption; a stream has no epochs
+            self.state.epoch = self.state.global_step / self.state.max_steps
         if "loss" in logs and self._sums:
             sums = self.accelerator.reduce({name: x.double() for name, x in self._sums.items()}, "sum")
             count = float(sums.pop("targets"))
@@ -232,10 +255,13 @@ class DNCTrainer(Trainer):
         if not (Path(self.args.output_dir) / "README.md").is_file():
             super().create_model_card(*args, **kwargs)
 
-    # The carried memory is, like the random state, what a process needs to go on as if nothing had happened.
+    # The carried memory and the place in a streamed corpus are, like the random state, what a process needs to go on as
+    # if nothing had happened.
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
+        if self.streaming:
+            self.train_dataset.save(self._data_file(output_dir))
         if self.carry_memory and self.memory_states:
             tensors = {
                 f"{index}.{name}": x.contiguous()
@@ -247,22 +273,43 @@ class DNCTrainer(Trainer):
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         super()._load_rng_state(checkpoint)
+        if checkpoint is not None and self.streaming:
+            self._require(self._data_file(checkpoint), "--streaming")
+            self.train_dataset.load(self._data_file(checkpoint))
         if checkpoint is None or not self.carry_memory or not has_memory(self.accelerator.unwrap_model(self.model)):
             return
         path = self._memory_file(checkpoint)
+        self._require(path, "--carry_memory")
+        states: dict[int, dict[str, Tensor | None]] = {}
+        for name, x in load_file(path).items():
+            index, field_name = name.split(".")
+            states.setdefault(int(index), dict.fromkeys(MemoryState._fields))[field_name] = x.to(self.args.device)
+        self.memory_states = {index: MemoryState(**state) for index, state in states.items()}
+
+    @staticmethod
+    def _require(path: Path, option: str) -> None:
         if not path.is_file():
             raise ValueError(
-                f"{checkpoint} has no {path.name}: resume with the number of processes and the --carry_memory that "
-                "the run was started with."
+                f"{path.parent} has no {path.name}: resume with the number of processes and the {option} that the run "
+                "was started with."
             )
-        states: dict[int, dict[str, Tensor | None]] = {}
-        for name, x in load_file(path, device=str(self.args.device)).items():
-            index, field_name = name.split(".")
-            states.setdefault(int(index), dict.fromkeys(MemoryState._fields))[field_name] = x
-        self.memory_states = {index: MemoryState(**state) for index, state in states.items()}
 
     def _memory_file(self, folder: str) -> Path:
         return Path(folder) / f"memory_state_{self.args.process_index}.safetensors"
+
+    def _data_file(self, folder: str) -> Path:
+        return Path(folder) / f"data_state_{self.args.process_index}.safetensors"
+
+
+def take_sample(scored: Tensor, share: float) -> Tensor:
+    """Every 1 / `share`-th true entry of `scored`, from a random start: each is taken with the same probability."""
+    if share == 1:
+        return scored
+    counts = (
+        scored.flatten().cumsum(0).view(scored.shape)
+        + torch.rand((), dtype=torch.float64, device=scored.device) / share
+    )
+    return scored & ((counts * share).floor() > ((counts - 1) * share).floor())
 
 
 class _EpochLoader(DataLoader):

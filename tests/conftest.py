@@ -10,6 +10,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 
+# Before anything imports triton, which reads it then: kernels for GPUs run on the CPU where there is no GPU.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from dnc_gpt2 import DNCGPT2Config, DNCGPT2LMHeadModel
 
 TINY = {

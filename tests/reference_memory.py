@@ -249,7 +249,7 @@ def batch_state(rows: list[RowState]) -> MemoryState:
     for name in MemoryState._fields:
         parts = [getattr(row, name) for row in rows]
         if name == "started":
-            fields[name] = torch.tensor(parts)
+            fields[name] = torch.tensor(parts, dtype=torch.float64)
         else:
             fields[name] = None if parts[0] is None else assemble(parts)
     return MemoryState(**fields)
@@ -305,7 +305,7 @@ class ReferenceMemory:
         return [x[r * size : (r + 1) * size] for r in range(self.config.num_reads)]
 
     def simplified(self, hidden: list) -> TokenInterface:
-        temperature = self.parameters["temperature"]
+        (temperature,) = self.parameters["temperature"]
         return TokenInterface(
             write_keys=self.map("write_key", hidden),
             write_strengths=temperature,
@@ -343,7 +343,7 @@ class ReferenceMemory:
 
     def lru(self, hidden: list, embedding: list, previous: list | None) -> tuple[TokenInterface, list]:
         """The interface and the read gates [R]; `previous` is None at a document's first token."""
-        scale = self.parameters["embedding_scale"]
+        (scale,) = self.parameters["embedding_scale"]
         token = [scale * e for e in unit(embedding)]
         context = previous
         if not self.config.token_shift:

@@ -24,6 +24,7 @@ from dnc_gpt2.data import (
     evaluation_rows,
     load_texts,
     load_tokenizer,
+    split_end,
     tokenize_texts,
     train_tokenizer,
 )
@@ -341,6 +342,23 @@ def test_the_first_tokens_can_be_taken_alone(tokenizer, max_tokens):
     scored = tokenizer.decode(part.tokens[1:]).replace(END_OF_TEXT, "")
     assert part.num_bytes == len(scored.encode())
     assert tokenize_texts(texts, tokenizer, max_tokens=10**9).num_bytes == whole.num_bytes
+
+
+def test_the_end_of_a_text_is_held_out(tokenizer):
+    text = tokenize_texts(["the sea, a lamp", "old stone\nroad", "It's 1984"], tokenizer)
+    cut = int(text.document_starts.nonzero()[1])
+    rest, end = split_end(text, len(text.tokens) - cut, tokenizer)
+    assert torch.equal(torch.cat([rest.tokens, end.tokens]), text.tokens)
+    assert end.document_starts.nonzero()[:, 0].tolist() == [0, int(text.document_starts.nonzero()[2]) - cut]
+    first = tokenizer.decode(end.tokens[:1])
+    assert end.num_bytes == len("old stone\nroadIt's 1984") - len(first)
+    assert (rest.num_bytes, rest.num_words) == (text.num_bytes - len("old stone\nroadIt's 1984"), 4)
+
+
+@pytest.mark.parametrize("tokens", [1, 9, 10, 11])
+def test_a_part_without_anything_to_predict_is_refused(tokenizer, tokens):
+    with pytest.raises(DataError, match=f"held_out_tokens={tokens} .* 10 tokens"):
+        split_end(numbered(10), tokens, tokenizer)
 
 
 @pytest.mark.parametrize("texts", [[], [""], ["a"]])

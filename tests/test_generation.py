@@ -2,7 +2,10 @@
 
 import pytest
 import torch
+from test_modeling import plain_gpt2
 from torch import Tensor
+from transformers.generation import stopping_criteria
+from transformers.generation.streamers import BaseStreamer
 
 from dnc_gpt2 import DNCGPT2LMHeadModel
 from modeling_dnc_gpt2 import DNCGPT2Cache
@@ -174,5 +177,169 @@ def test_float32_model_of_the_default_start_generates_alike_with_and_without_a_c
 
 
 def test_cache_that_cannot_hold_a_memory_is_refused(tiny_model):
-    with pytest.raises(ValueError, match="cache_implementation='static' cannot hold a memory"):
-        generate(tiny_model(), prompt(), cache_implementation="static")
+    with pytest.raises(ValueError, match='cache_implementation="quantized" cannot hold a memory'):
+        generate(tiny_model(), prompt(), cache_implementation="quantized")
+
+
+def left_padded(rows: int = 3, length: int = 11) -> tuple[Tensor, Tensor]:
+    """Tokens, and a mask under which each row has fewer real ones than the row before."""
+    padding = torch.arange(rows)[:, None] * (length - 1) // max(1, rows - 1)
+    return prompt(rows, length), (torch.arange(length) >= padding).long()
+
+
+@every_addressing
+def test_static_cache_generates_as_the_dynamic_one(tiny_model, addressing):
+    model = tiny_model(addressing=addressing)
+    tokens, mask = left_padded()
+    for given in (torch.ones_like(mask), mask):
+        static, dynamic = (
+            generate(model, tokens, attention_mask=given, cache_implementation=kind) for kind in ("static", None)
+        )
+        assert torch.equal(static, dynamic)
+
+
+def test_static_cache_follows_the_beams(tiny_model):
+    model, tokens = tiny_model(), prompt()
+    beams = {"num_beams": 3, "num_return_sequences": 2}
+    assert torch.equal(
+        generate(model, tokens, cache_implementation="static", **beams), generate(model, tokens, **beams)
+    )
+
+
+@every_addressing
+@pytest.mark.parametrize("length", [1, 5, WINDOW, 11])
+@pytest.mark.parametrize("candidates", ["itself", "a smaller model", "prompt lookup"])
+def test_assisted_decoding_equals_greedy_decoding(tiny_model, addressing, length, candidates):
+    model, tokens = tiny_model(addressing=addressing), prompt(1, 3).repeat(1, 4)[:, :length]
+    if candidates == "prompt lookup":
+        options = {"prompt_lookup_num_tokens": 4}
+    else:
+        smaller = {"n_layer": 1, "n_positions": 5}  # its windows end elsewhere
+        options = {"assistant_model": model if candidates == "itself" else tiny_model(**smaller)}
+    assert torch.equal(generate(model, tokens, **options), generate(model, tokens))
+
+
+def test_assisted_decoding_begins_with_a_padded_prompt(tiny_model):
+    model, tokens = tiny_model(), prompt(1, 11)
+    mask = torch.ones_like(tokens)
+    mask[0, :4] = 0
+    expected = generate(model, tokens[:, 4:])
+    for options in ({"prompt_lookup_num_tokens": 4}, {"assistant_model": model}):
+        assert torch.equal(generate(model, tokens, attention_mask=mask, **options)[:, 4:], expected)
+
+
+def test_assisted_sampling_draws_valid_tokens(tiny_model):
+    model, tokens = tiny_model(), prompt(1)
+    out = generate(model, tokens, assistant_model=tiny_model(n_layer=1), do_sample=True, num_assistant_tokens=4)
+    assert out.shape == (1, 5 + NEW) and (out < VOCABULARY).all()
+
+
+@every_addressing
+def test_beam_sampling_draws_the_same_with_and_without_a_cache(tiny_model, addressing):
+    model, tokens = tiny_model(addressing=addressing), prompt()
+    options = {"num_beams": 3, "do_sample": True, "top_k": 20, "num_return_sequences": 2}
+    cached, uncached, static = (
+        generate(model, tokens, **options, **cache)
+        for cache in ({}, {"use_cache": False}, {"cache_implementation": "static"})
+    )
+    assert cached.shape == (4, tokens.shape[1] + NEW)
+    assert torch.equal(cached, uncached) and torch.equal(cached, static)
+
+
+@every_addressing
+def test_beams_of_a_padded_batch_are_those_of_each_row_alone(tiny_model, addressing):
+    model = tiny_model(addressing=addressing)
+    tokens, mask = left_padded()
+    together = generate(model, tokens, attention_mask=mask, num_beams=3)
+    for row, real in enumerate(mask.bool()):
+        alone = generate(model, tokens[row : row + 1, real], num_beams=3)
+        assert torch.equal(together[row, int((~real).sum()) :], alone[0])
+
+
+def both(model: DNCGPT2LMHeadModel) -> list:
+    """The model and, as the control, GPT-2 of the same backbone."""
+    return [model, plain_gpt2(model)]
+
+
+def test_streamer_gets_every_token_as_it_comes(tiny_model):
+    class Collect(BaseStreamer):
+        def __init__(self):
+            self.chunks, self.ended = [], False
+
+        def put(self, value):
+            self.chunks.append(value.flatten())
+
+        def end(self):
+            self.ended = True
+
+    tokens = prompt(1, 3)
+    for model in both(tiny_model()):
+        for options in ({}, {"prompt_lookup_num_tokens": 2}):
+            streamer = Collect()
+            expected = generate(model, tokens, max_new_tokens=5, streamer=streamer, **options)
+            assert torch.equal(torch.cat(streamer.chunks), expected[0]) and streamer.ended
+            assert torch.equal(streamer.chunks[0], tokens[0])
+
+
+def test_what_generation_returns_is_shaped_as_gpt2s(tiny_model):
+    model, tokens = tiny_model(), prompt(2, 3)
+    model.set_attn_implementation("eager")
+    wanted = ("scores", "logits", "attentions", "hidden_states")
+    options = {f"output_{name}": True for name in wanted} | {"return_dict_in_generate": True, "max_new_tokens": 5}
+    ours, stock = (generate(kind, tokens, **options) for kind in both(model))
+    for name in wanted:
+        for step, expected in zip(getattr(ours, name), getattr(stock, name), strict=True):
+            if isinstance(step, Tensor):
+                assert step.shape == expected.shape
+            else:
+                assert [x.shape for x in step] == [x.shape for x in expected]
+    assert len(ours.attentions[0]) == model.config.n_layer
+    assert len(ours.hidden_states[0]) == model.config.n_layer + 1
+    assert len(ours.past_key_values) == len(stock.past_key_values) == model.config.n_layer
+
+
+@pytest.mark.parametrize("cache", [None, "static"])
+def test_prompt_in_chunks_generates_as_in_one(tiny_model, cache):
+    model = tiny_model()
+    tokens, mask = left_padded()
+    for given in (torch.ones_like(mask), mask):
+        options = {"attention_mask": given, "cache_implementation": cache}
+        assert torch.equal(generate(model, tokens, prefill_chunk_size=4, **options), generate(model, tokens, **options))
+
+
+def test_given_positions_are_generated_on_from(tiny_model):
+    tokens = prompt(2, 3)
+    positions = torch.tensor([[0, 1, 2], [2, 3, 4]])
+    for model in both(tiny_model()):
+        cached, uncached = (
+            generate(model, tokens, max_new_tokens=3, position_ids=positions, use_cache=use_cache)
+            for use_cache in (True, False)
+        )
+        assert torch.equal(cached, uncached)
+
+
+def test_only_the_last_logits_of_the_prompt_are_computed(tiny_model, monkeypatch):
+    lengths = []
+    for model in both(tiny_model()):
+        model.lm_head.register_forward_pre_hook(lambda _, inputs: lengths.append(inputs[0].shape[1]))
+        generate(model, prompt(2, 5), max_new_tokens=3)
+    assert lengths == [1] * 6
+
+
+def test_modes_that_transformers_loads_as_remote_code_are_named_as_for_gpt2(tiny_model):
+    for model in both(tiny_model()):
+        for options in ({"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 1.0}, {"penalty_alpha": 0.6}):
+            with pytest.raises(ValueError, match="trust_remote_code=True"):
+                generate(model, prompt(), max_new_tokens=3, top_k=4, **options)
+
+
+def test_the_window_is_no_maximum_length(tiny_model, monkeypatch):
+    said = []
+    monkeypatch.setattr(stopping_criteria.logger, "warning_once", said.append)
+    model, tokens = tiny_model(), prompt(1, 2 * WINDOW)
+    assert generate(model, tokens).shape[1] == 2 * WINDOW + NEW
+    assert model.generate(tokens, eos_token_id=None, pad_token_id=0).shape[1] == 2 * WINDOW + 20
+    assert said == []
+    with pytest.raises(IndexError):
+        generate(plain_gpt2(model), prompt(1, 2))
+    assert "maximum length" in said[0]  # what was listened for

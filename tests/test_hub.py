@@ -10,16 +10,18 @@ import pytest
 import torch
 from huggingface_hub import HfApi, ModelCard, RepoUrl
 from huggingface_hub.utils import filter_repo_objects
+from local_hub import local_hub
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from dnc_gpt2 import DNCGPT2Config, DNCGPT2LMHeadModel, DNCGPT2Model
 from dnc_gpt2.card import model_card
-from dnc_gpt2.data import ExampleDataset, TokenizedText
+from dnc_gpt2.data import ExampleDataset, TokenizedText, train_tokenizer
 from dnc_gpt2.trainer import DNCTrainer, DNCTrainingArguments
 
 ADDRESSINGS = ["lru", "dnc", "simplified"]
-CODE = {f"{part}_dnc_gpt2.py" for part in ("configuration", "modeling", "memory", "kernels")}
+PARTS = ("configuration", "modeling", "cache", "masks", "memory", "losses", "kernels", "kernels_cpu", "kernels_cuda")
+CODE = {f"{part}_dnc_gpt2.py" for part in PARTS}
 METRICS = {"loss": 3.5, "ppl": 33.115, "top1_acc": 0.2718}
 PROJECT = Path(__file__).parents[1]
 
@@ -49,6 +51,29 @@ for folder in sys.argv[2:]:
             "generated": model.generate(tokens[:, :4], max_new_tokens=9, do_sample=False, pad_token_id=0),
         }
     save_file(result, root / f"{Path(folder).name}.result")
+"""
+
+
+# Pushes what lies in a folder and loads it again, both over HTTP: only the Hub's address is given.
+OVER_HTTP = """
+import sys
+import torch
+from pathlib import Path
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder = Path(sys.argv[1])
+if sys.argv[2] == "push":
+    from dnc_gpt2 import DNCGPT2LMHeadModel
+    print(DNCGPT2LMHeadModel.from_pretrained(folder).push_to_hub("someone/model", commit_message="A model"))
+    AutoTokenizer.from_pretrained(folder).push_to_hub("someone/model")
+else:
+    options = {"trust_remote_code": True}
+    model = AutoModelForCausalLM.from_pretrained("someone/model", **options)
+    assert type(model).__module__.startswith("transformers_modules.")
+    tokens = AutoTokenizer.from_pretrained("someone/model", **options)("a river by the sea", return_tensors="pt")
+    with torch.no_grad():
+        save_file({"logits": model(**tokens).logits}, folder / "loaded.result")
 """
 
 
@@ -210,3 +235,36 @@ def test_trained_model_is_pushed_with_its_code_and_card(tiny_config, tmp_path, c
     pushed = commits["someone/dnc"]
     assert set(pushed) >= CODE | {"README.md", "config.json", "model.safetensors"}
     assert_card_tells_the_metrics(pushed["README.md"])
+
+
+def test_a_model_is_pushed_to_and_loaded_from_a_hub_over_http(tiny_config, tmp_path):
+    tokenizer = train_tokenizer(["a river by the sea"], 270)
+    model = DNCGPT2LMHeadModel(tiny_config(vocab_size=len(tokenizer))).eval()
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    write_card(tmp_path)
+
+    def run(what: str, **environment: str) -> str:
+        settings = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_TOKEN": "hf_none", "HF_HUB_DISABLE_XET": "1"}
+        home = tmp_path / f"home_{what}"
+        home.mkdir()
+        result = subprocess.run(
+            [sys.executable, "-c", OVER_HTTP, str(tmp_path), what],
+            cwd=home,
+            env={**os.environ, **settings, "HF_HOME": str(home), **environment},
+            capture_output=True,
+            text=True,
+        )
+        assert result.returncode == 0, result.stderr[-3000:]
+        return result.stdout
+
+    with local_hub() as hub:
+        assert f"{hub.url}/someone/model" in run("push", PYTHONPATH=str(PROJECT))
+        pushed = hub.files["someone/model"]
+        assert set(pushed) >= CODE | {"README.md", "config.json", "model.safetensors", "tokenizer.json"}
+        assert list(hub.objects.values()) == [pushed["model.safetensors"]], "weights go the way of large files"
+        assert_card_tells_the_metrics(pushed["README.md"])
+        run("load", PYTHONPATH="")
+    with torch.no_grad():
+        expected = model(**tokenizer("a river by the sea", return_tensors="pt")).logits
+    assert torch.equal(load_file(tmp_path / "loaded.result")["logits"], expected)

@@ -8,118 +8,16 @@ import logging
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
+from scan_problems import VARIANTS, assert_equals_recurrence, gradients, named, problem
 
+import kernels_cpu_dnc_gpt2 as cpu
 import kernels_dnc_gpt2 as kernels
 from configuration_dnc_gpt2 import DNCGPT2Config
 from memory_dnc_gpt2 import MemoryInterface, MemoryState, ScanOutput, recurrence
 
 pytest.importorskip("numba")
-
-DNC_OPTIONS = [
-    {"temporal_links": False},
-    {"temporal_links": True},
-    {"temporal_links": True, "sharpen_links": True},
-    {"temporal_links": False, "masked_content": True},
-    {"temporal_links": False, "erase_on_free": True},
-    {"temporal_links": True, "masked_content": True, "erase_on_free": True, "sharpen_links": True},
-]
-VARIANTS = [
-    ("lru", {}),
-    ("lru", {"read_refresh": 0.3}),
-    ("simplified", {}),
-    *(("dnc", options) for options in DNC_OPTIONS),
-]
-
-
-def problem(
-    addressing, options, shape, dtype=torch.float64, masked=False, reset=False, seed=0
-) -> tuple[MemoryInterface, MemoryState, DNCGPT2Config]:
-    """A random interface and a random, used state for `shape` (batch, tokens, slots, width, heads)."""
-    batch, tokens, slots, width, heads = shape
-    config = DNCGPT2Config(
-        mem_slots=slots, mem_width=width, num_reads=heads, addressing=addressing, scan="numba", **options
-    )
-    address = width // 2 if addressing == "lru" else width
-    links = addressing == "dnc" and config.temporal_links
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*size):
-        return torch.randn(size, generator=generator, dtype=dtype)
-
-    def uniform(*size):
-        return torch.rand(size, generator=generator, dtype=dtype)
-
-    x = MemoryInterface(
-        write_keys=normal(batch, tokens, address),
-        write_strengths=1 + 3 * uniform(batch, tokens),
-        write_vectors=normal(batch, tokens, width),
-        erase_vectors=uniform(batch, tokens, width),
-        write_gates=uniform(batch, tokens),
-        read_keys=normal(batch, tokens, heads, address),
-        read_strengths=1 + 5 * uniform(batch, tokens, heads),
-        allocation_gates=None if addressing == "simplified" else uniform(batch, tokens),
-        free_gates=uniform(batch, tokens, heads) if addressing == "dnc" else None,
-        read_modes=torch.softmax(normal(batch, tokens, heads, 3), -1) if links else None,
-        write_masks=uniform(batch, tokens, width) if config.masked_content else None,
-        read_masks=uniform(batch, tokens, heads, width) if config.masked_content else None,
-        link_sharpness=1 + uniform(batch, tokens, heads, 2) if links and config.sharpen_links else None,
-    )
-    mask = uniform(batch, tokens) > 0.3 if masked else None
-    starts = uniform(batch, tokens) > 0.7 if reset else None
-    if masked and reset:
-        starts &= mask
-    state = MemoryState(
-        memory=normal(batch, slots, width),
-        usage=uniform(batch, slots),
-        write_weights=uniform(batch, slots) / slots,
-        read_weights=torch.softmax(normal(batch, heads, slots), -1),
-        link=uniform(batch, slots, slots) / slots * (1 - torch.eye(slots, dtype=dtype)) if links else None,
-        precedence=uniform(batch, slots) / slots if links else None,
-        previous_hidden=torch.zeros(batch, 1, dtype=dtype),
-        started=torch.ones(batch, dtype=torch.bool),
-    )
-    for tensor in (*x, *state[:6]):
-        if tensor is not None:
-            tensor.requires_grad_()
-    return x._replace(mask=mask, reset=starts), state, config
-
-
-def named(output: ScanOutput) -> dict[str, torch.Tensor]:
-    state = {f"state.{name}": x for name, x in output.state._asdict().items() if x is not None and name != "started"}
-    return {**output._asdict(), **state, "state": None}
-
-
-def gradients(output: ScanOutput, x: MemoryInterface, state: MemoryState) -> dict[str, torch.Tensor]:
-    """Gradients of a random linear function of everything that the scan returns."""
-    leaves = {n: t for n, t in {**x._asdict(), **state._asdict()}.items() if t is not None and t.requires_grad}
-    generator = torch.Generator().manual_seed(1)
-    loss = 0
-    for tensor in named(output).values():
-        if tensor is not None:
-            direction = torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype)
-            loss = loss + (tensor * direction).sum() if tensor.requires_grad else loss
-    found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
-    return {n: torch.zeros_like(t) if g is None else g for (n, t), g in zip(leaves.items(), found, strict=True)}
-
-
-def assert_close(name: str, fused: torch.Tensor, eager: torch.Tensor) -> None:
-    """Relative RMS 1e-5 in float32 and 1e-10 in float64; what is smaller than 1e-4 counts as rounding of 1e-4."""
-    tolerance = 1e-5 if eager.dtype == torch.float32 else 1e-10
-    scale = eager.square().mean().sqrt().clamp_min(1e-4)
-    error = ((fused - eager).square().mean().sqrt() / scale).item()
-    assert error <= tolerance, f"{name}: relative RMS {error:.2e}"
-
-
-def assert_equals_recurrence(x: MemoryInterface, state: MemoryState, config: DNCGPT2Config) -> None:
-    fused, eager = ScanOutput(*kernels.fused_scan(x, state, config)), recurrence(x, state, config)
-    for name, expected in named(eager).items():
-        if expected is not None:
-            assert_close(name, named(fused)[name], expected)
-    found = gradients(fused, x, state)
-    for name, expected in gradients(eager, x, state).items():
-        assert_close(f"gradient of {name}", found[name], expected)
 
 
 @pytest.mark.parametrize(("addressing", "options"), VARIANTS)
@@ -143,18 +41,42 @@ def test_float32_equals_the_recurrence():
     assert_equals_recurrence(*problem("lru", {}, (2, 20, 16, 32, 4), dtype=torch.float32, masked=True))
 
 
-@settings(max_examples=15, deadline=None, derandomize=True)
+def usages_apart(x: MemoryInterface, state: MemoryState, config: DNCGPT2Config) -> bool:
+    """Whether no two usages by which a token allocates are nearer than 1e-4, so that rounding cannot decide."""
+    with torch.no_grad():
+        for t in range(x.write_keys.shape[1]):
+            token = MemoryInterface(*(None if tensor is None else tensor[:, t : t + 1] for tensor in x))
+            state = recurrence(token, state, config).state
+            if (state.usage.sort(dim=-1).values.diff(dim=-1) < 1e-4).any():
+                return False
+    return True
+
+
+@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.filter_too_much])
 @given(
     variant=st.sampled_from(VARIANTS),
     shape=st.tuples(*(st.integers(low, high) for low, high in ((1, 3), (1, 9), (1, 9), (2, 11), (1, 6)))),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
     masked=st.booleans(),
+    reset=st.booleans(),
     seed=st.integers(0, 1000),
 )
-def test_drawn_shapes_equal_the_recurrence(variant, shape, masked, seed):
-    assert_equals_recurrence(*problem(*variant, shape, masked=masked, seed=seed))
+def test_drawn_shapes_equal_the_recurrence(variant, shape, dtype, masked, reset, seed):
+    x, state, config = problem(*variant, shape, dtype, masked, reset, seed)
+    # Only where allocation orders the slots do near ties matter.
+    assume(config.addressing == "simplified" or usages_apart(x, state, config))
+    assert_equals_recurrence(x, state, config)
 
 
-@pytest.mark.parametrize(("addressing", "options"), [("lru", {}), ("simplified", {}), ("dnc", DNC_OPTIONS[-1])])
+@pytest.mark.parametrize("addressing", ["lru", "simplified", "dnc"])
+def test_equal_usages_are_allocated_as_by_the_recurrence(addressing):
+    x, state, config = problem(addressing, {}, (2, 1, 6, 6, 2), torch.float32)
+    usage = torch.tensor([[0.5, 0.25, 0.25, 0.5, 0.25, 0.75]]).repeat(2, 1).requires_grad_()
+    free = state.map(torch.zeros_like)._replace(memory=state.memory, usage=usage)
+    assert_equals_recurrence(x, free, config)
+
+
+@pytest.mark.parametrize(("addressing", "options"), VARIANTS)
 def test_gradcheck(addressing, options):
     # One token but for "lru": the others' usage does not let the gradient to earlier writes through.
     x, state, config = problem(addressing, options, (1, 3 if addressing == "lru" else 1, 2, 3, 2))
@@ -211,16 +133,39 @@ def test_lru_breaks_ties_by_the_lowest_index():
     assert torch.equal(write_weights, recurrence(x, state, config).write_weights)
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-def test_number_of_threads_does_not_change_a_bit(threads):
-    before = torch.get_num_threads()
-    x, state, config = problem("lru", {}, (5, 6, 4, 6, 2))
-    expected = kernels.fused_scan(x, state, config)[0]
+@pytest.mark.parametrize("addressing", ["lru", "simplified", "dnc"])
+def test_number_of_threads_does_not_change_a_bit(addressing, monkeypatch):
+    monkeypatch.setattr(cpu, "SMALL", 0)  # or work as small as this would stay on one thread
+    x, state, config = problem(addressing, {}, (5, 6, 4, 6, 2), torch.float32, masked=True)
+    before, results = torch.get_num_threads(), []
     try:
-        torch.set_num_threads(threads)
-        assert torch.equal(kernels.fused_scan(x, state, config)[0], expected)
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            output = ScanOutput(*kernels.fused_scan(x, state, config))
+            results.append({**named(output), **gradients(output, x, state)})
     finally:
         torch.set_num_threads(before)
+    for other in results[1:]:
+        for name, tensor in results[0].items():
+            assert tensor is None or torch.equal(other[name], tensor), name
+
+
+def test_scan_of_one_token_at_inference_starts_no_threads(monkeypatch):
+    x, state, config = problem("lru", {}, (2, 1, 6, 6, 2))
+    monkeypatch.setattr(cpu, "_pool", lambda threads: pytest.fail("a thread pool for one token"))
+    with torch.no_grad():
+        kernels.fused_scan(x, state, config)
+
+
+@pytest.mark.parametrize("addressing", ["lru", "simplified", "dnc"])
+def test_inference_without_the_operator_equals_training_bit_for_bit(addressing):
+    x, state, config = problem(addressing, {}, (3, 8, 2, 6, 2), masked=True, reset=True)
+    trained = named(ScanOutput(*kernels.fused_scan(x, state, config)))
+    with torch.no_grad():
+        inferred = named(ScanOutput(*kernels.fused_scan(x, state, config)))
+    for name, tensor in trained.items():
+        assert tensor is None or torch.equal(inferred[name], tensor), name
+    assert not inferred["reads"].requires_grad
 
 
 def test_compiles_to_one_graph():
@@ -235,9 +180,26 @@ def test_compiles_to_one_graph():
     assert torch.equal(found, expected)
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_model_with_fused_memory_compiles_to_one_graph(tiny_model, training):
+    model = tiny_model(n_positions=8, n_layer=1, scan="numba")
+    tokens = torch.randint(0, model.config.vocab_size, (2, 8))
+
+    def run(function):
+        with torch.set_grad_enabled(training):
+            logits = function(tokens, use_cache=False).logits
+        if not training:
+            return [logits]
+        return [logits, *torch.autograd.grad(logits.square().mean(), [*model.parameters()], allow_unused=True)]
+
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for found, expected in zip(run(compiled), run(model), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
 def test_operator_passes_torchs_own_checks():
     x, state, _ = problem("lru", {}, (2, 5, 4, 6, 2))
-    arguments = (*kernels._present(x, state), "lru", 0.99, 0.0, False, True)
+    arguments = (*kernels._present(x, state), "numba", "lru", 0.99, 0.0, False, True)
     torch.library.opcheck(
         kernels._scan, arguments, test_utils=("test_schema", "test_faketensor", "test_autograd_registration")
     )
@@ -251,7 +213,7 @@ def test_eager_is_left_to_the_recurrence():
 
 def test_missing_numba_is_logged_once_and_refused_where_asked_for(monkeypatch, caplog):
     x, state, config = problem("lru", {}, (1, 2, 3, 4, 1))
-    monkeypatch.setattr(kernels, "_numba_problem", lambda: "numba cannot be imported (test)")
+    monkeypatch.setattr(kernels, "numba_problem", lambda: "numba cannot be imported (test)")
     monkeypatch.setattr(kernels.logger, "propagate", True)
     config.scan = "auto"
     with caplog.at_level(logging.WARNING):
@@ -272,7 +234,7 @@ def test_cache_that_cannot_be_written_is_logged_once(monkeypatch, caplog):
         return lambda function: function
 
     # A copy under a name of its own: compiling replaces a module's functions.
-    spec = importlib.util.spec_from_file_location("kernels_without_cache", kernels.__file__)
+    spec = importlib.util.spec_from_file_location("kernels_without_cache", cpu.__file__)
     copy = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(copy)
     monkeypatch.setattr(numba, "njit", refusing)

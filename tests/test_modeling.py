@@ -649,15 +649,16 @@ def test_attentions_are_those_of_gpt2_within_windows_and_zero_between(tiny_model
 
 
 @every_addressing
-def test_bfloat16_weights_run_and_the_state_is_float32(tiny_config, addressing):
-    model = DNCGPT2LMHeadModel(tiny_config(addressing=addressing)).to(torch.bfloat16).eval()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_weights_run_and_the_state_is_float32(tiny_config, addressing, dtype):
+    model = DNCGPT2LMHeadModel(tiny_config(addressing=addressing)).to(dtype).eval()
     tokens = random_tokens(2, 20)
     out = model(tokens, labels=tokens, use_cache=True)
     following = model(random_tokens(2, 3), past_key_values=out.past_key_values, use_cache=True)
     carried = model(random_tokens(2, 3), memory_state=out.memory_state)
     for result in (out, following, carried):
-        assert result.logits.dtype == torch.bfloat16 and result.logits.isfinite().all()
-        assert {x.dtype for x in result.memory_state if x is not None} == {torch.float32, torch.bool}
+        assert result.logits.dtype == dtype and result.logits.isfinite().all()
+        assert {x.dtype for x in result.memory_state if x is not None} == {torch.float32}
     out.loss.backward()
     assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
 
@@ -713,7 +714,7 @@ def test_exactly_one_of_ids_and_embeddings_is_taken(tiny_model):
             model(**both)
 
 
-@pytest.mark.parametrize("shape", [(2, 4), (2, 1, 5, 5), (5,), (3, 5), (1, 5)], ids=str)
+@pytest.mark.parametrize("shape", [(2, 4), (2, 5, 5), (2, 1, 4, 5), (3, 1, 5, 5), (5,), (3, 5), (1, 5)], ids=str)
 def test_attention_mask_of_another_shape_is_refused(tiny_model, shape):
     with pytest.raises(ValueError, match=rf"attention_mask has shape \({', '.join(map(str, shape))},?\)"):
         tiny_model()(random_tokens(2, 5), attention_mask=torch.ones(shape, dtype=torch.long))
@@ -756,12 +757,6 @@ def test_cache_of_another_batch_size_is_refused(tiny_model):
         model(random_tokens(2, 1), past_key_values=cache, use_cache=True)
 
 
-def test_cache_takes_no_tokens_back(tiny_model):
-    cache = tiny_model()(random_tokens(2, 5), use_cache=True).past_key_values
-    with pytest.raises(NotImplementedError, match="memory cannot take tokens back"):
-        cache.crop(1)
-
-
 def test_pickled_weights_are_refused(tiny_model, tmp_path):
     model = tiny_model()
     model.config.save_pretrained(tmp_path)
@@ -770,3 +765,16 @@ def test_pickled_weights_are_refused(tiny_model, tmp_path):
         DNCGPT2LMHeadModel.from_pretrained(tmp_path, use_safetensors=False)
     with pytest.raises(OSError, match="safetensors"):
         DNCGPT2LMHeadModel.from_pretrained(tmp_path)
+
+
+def test_cross_attention_works_within_one_window_and_is_refused_beyond(tiny_config):
+    model = DNCGPT2LMHeadModel(tiny_config(add_cross_attention=True)).eval()
+    encoded, mask = torch.randn(2, 5, model.config.n_embd), torch.tensor([[1, 1, 1, 1, 0]] * 2)
+    encoder = {"encoder_hidden_states": encoded, "encoder_attention_mask": mask}
+    tokens = random_tokens(2, WINDOW)
+    expected = model(tokens, **encoder).logits
+    hidden = {**encoder, "encoder_hidden_states": encoded + 100 * (1 - mask[..., None])}
+    torch.testing.assert_close(model(tokens, **hidden).logits, expected)
+    assert not torch.allclose(model(tokens).logits, expected)
+    with pytest.raises(ValueError, match="Cross-attention works within one attention window"):
+        model(random_tokens(2, 2 * WINDOW), **encoder)

@@ -7,7 +7,15 @@ import yaml
 
 from configuration_dnc_gpt2 import DNCGPT2Config
 from dnc_gpt2.data import DataArguments
-from dnc_gpt2.options import INSPECT_OPTION, ModelArguments, one_line_errors, parse, recall_run, remember_run
+from dnc_gpt2.options import (
+    INSPECT_OPTION,
+    OPPONENTS_OPTION,
+    ModelArguments,
+    one_line_errors,
+    parse,
+    recall_run,
+    remember_run,
+)
 from dnc_gpt2.trainer import DNCTrainingArguments
 
 ROOT = Path(__file__).parent.parent
@@ -168,6 +176,26 @@ def test_a_checkpoint_remembers_its_data(tmp_path):
     assert run["seed"] == 7
     assert DataArguments(**run["data"]) == data
     assert recall_run(str(tmp_path / "elsewhere")) is None
+
+
+def test_a_run_remembers_its_command_line_without_tokens_of_the_hub(tmp_path):
+    arguments = ["--hub_token", "s3cret", "--seed", "7", "--push_to_hub_token=s3cret", "--train_file", "a", "b"]
+    remember_run(tmp_path, DataArguments(), seed=7, arguments=arguments)
+    assert recall_run(str(tmp_path))["arguments"] == ["--seed", "7", "--train_file", "a", "b"]
+
+
+@pytest.mark.parametrize("source", ["command line", "file"])
+def test_opponents_are_named_on_the_command_line_or_in_a_file(tmp_path, source, capsys):
+    def read(value: str):
+        (tmp_path / "options.yaml").write_text(f"opponents: {value}")
+        arguments = ["--opponents", value] if source == "command line" else ["--config", str(tmp_path / "options.yaml")]
+        return parse((DataArguments,), arguments, extra=OPPONENTS_OPTION)[1].opponents
+
+    assert read("dnc,widened") == ["dnc", "widened"]
+    with pytest.raises(SystemExit):
+        read("dnc,wide")
+    assert "unknown wide (choose from widened," in capsys.readouterr().err
+    assert parse((DataArguments,), [], extra=OPPONENTS_OPTION)[1].opponents == []
 
 
 def test_memory_options_leave_out_what_is_not_set():

@@ -12,6 +12,7 @@ from dnc_gpt2.report import (
     comparison_markdown,
     comparison_table,
     delta_percent,
+    difference_lines,
     display_width,
     replacing,
     to_json,
@@ -98,6 +99,41 @@ def test_table_has_the_documented_layout(comparison):
     assert comparison_table(comparison) == ORIGINAL_TABLE
 
 
+@pytest.mark.parametrize("count", [4, 5])
+def test_the_changes_of_many_models_are_left_to_the_page(count):
+    many = {"models": {f"model {i}": model(ppl=10.0 + i) for i in range(count)}}
+    assert ("▲10.0%" in comparison_table(many)) == (count == 4)
+    assert "▲10.0%" in comparison_markdown(many)
+
+
+DIFFERENCES = """\
+  Against GPT2 Baseline      Loss        95 % interval   Perplexity      95 % interval
+  GPT2 + DNC              -0.0765   [-0.0812, -0.0719]     x 0.9264   [0.9220, 0.9306]
+  GPT2 + cache            +0.1000                    —     x 1.1052                  —"""
+
+
+def test_paired_differences_are_a_line_a_model(comparison):
+    comparison["models"]["neural_cache"] = model(ppl=49.97) | {"scoring": {"entries": 64, "theta": 0.25}}
+    comparison["differences"] = {
+        "dnc": {
+            "loss": -0.0765,
+            "loss_interval": [-0.0812, -0.0719],
+            "ppl_ratio": 0.92635,
+            "ppl_ratio_interval": [0.92201, 0.93062],
+        },
+        "neural_cache": {"loss": 0.1, "loss_interval": None, "ppl_ratio": 1.10517, "ppl_ratio_interval": None},
+    }
+    assert "\n".join(difference_lines(comparison)) == DIFFERENCES
+    page = comparison_markdown(comparison).splitlines()
+    assert "| GPT2 + DNC | -0.0765 | [-0.0812, -0.0719] | x 0.9264 | [0.9220, 0.9306] |" in page
+    assert "| GPT2 + cache | runs/default | 1,000 | entries 64, theta 0.25 |" in page
+
+
+def test_without_paired_differences_there_is_no_such_section(comparison):
+    assert difference_lines(comparison) == []
+    assert "Paired" not in comparison_markdown(comparison)
+
+
 @pytest.mark.parametrize(
     ("key", "reference", "value", "change"),
     [
@@ -166,7 +202,7 @@ def test_page_tells_metrics_data_seed_models_and_versions(comparison):
 
 def test_page_escapes_what_would_break_its_tables():
     page = comparison_markdown({"models": {"dnc": {**model(ppl=2.0), "path": "a|b\nc"}}})
-    assert "| GPT2 + DNC | a\\|b c | 1,000 |" in page.splitlines()
+    assert "| GPT2 + DNC | a\\|b c | 1,000 |  |" in page.splitlines()
 
 
 def test_comparison_is_written_whole_and_reads_back(comparison, tmp_path):

@@ -118,7 +118,8 @@ def test_every_checkpoint_has_what_resuming_needs_and_its_perplexity(run):
 
 
 def test_comparison_json_has_every_metric(run, comparison):
-    assert list(comparison) == ["models", "delta_percent", "data", "memory_writes", "seed", "versions"]
+    names = ["models", "delta_percent", "differences", "data", "memory_writes", "seed", "versions"]
+    assert list(comparison) == names
     assert list(comparison["models"]) == list(KINDS)
     for kind, model in comparison["models"].items():
         assert set(model["metrics"]) >= METRICS
@@ -373,9 +374,10 @@ def test_what_cannot_be_resumed_is_refused(run, folder, tmp_path):
     refused(command_line(both), "--overwrite_output_dir", "--resume_from_checkpoint")
     assert snapshot(run) == before
 
+    # A finished model without checkpoints cannot be trained any longer.
     bare = tmp_path / "bare"
     shutil.copytree(run, bare, ignore=shutil.ignore_patterns("checkpoint-*"))
-    options = tiny_options(folder, output_dir=bare, resume_from_checkpoint="true")
+    options = tiny_options(folder, output_dir=bare, carry_memory=True, resume_from_checkpoint="true", max_steps=5)
     refused(command_line(options), "baseline", "no checkpoint-<step>", "--overwrite_output_dir")
 
 

@@ -15,7 +15,7 @@ from dnc_gpt2.data import EMPTY, IGNORED, ExampleDataset, TokenizedText, collate
 from dnc_gpt2.evaluation import evaluate, prediction_columns, write_entropy, write_sparsity
 from dnc_gpt2.models import new_models
 from dnc_gpt2.tasks import Question
-from dnc_gpt2.trainer import DNCTrainer, DNCTrainingArguments
+from dnc_gpt2.trainer import DNCTrainer, DNCTrainingArguments, take_sample
 
 WINDOW, EXAMPLE, VOCABULARY = 8, 16, 67
 ADDRESSINGS = ("lru", "dnc", "simplified")
@@ -557,3 +557,46 @@ def test_mixed_precision_and_gradient_checkpointing_train_both_models(models, tm
         assert losses[2] == pytest.approx(losses[0], rel=1e-6)
         norms = [training_rows(trainer)[0]["grad_norm"] for trainer in (plain, recomputed)]
         assert norms[1] == pytest.approx(norms[0], rel=1e-4)
+
+
+# Sampling the routing term
+
+
+@pytest.mark.parametrize("share", [0.25, 0.3, 0.9])
+def test_every_scored_token_is_sampled_with_the_same_probability(share):
+    torch.manual_seed(0)
+    scored = torch.arange(60).view(3, 20) % 4 != 1
+    samples = torch.stack([take_sample(scored, share) for _ in range(2000)])
+    assert not samples[:, ~scored].any()
+    sizes = samples.sum((1, 2))
+    assert sizes.max() - sizes.min() <= 1
+    torch.testing.assert_close(samples.double().mean(0)[scored], torch.full((45,), share).double(), rtol=0, atol=0.05)
+
+
+def test_sampled_routing_term_is_an_unbiased_estimate(models, tmp_path):
+    batch = padded_batch()
+    model = models()["dnc"]
+    count = (batch["shift_labels"] != IGNORED).sum()
+    exact = DNCTrainer(model, arguments(tmp_path, lambda_routing=1.0), examples(200))
+    sampled = DNCTrainer(model, arguments(tmp_path, lambda_routing=1.0, routing_sample=0.3), examples(200))
+    model.eval()
+    with torch.no_grad():
+        expected = exact.compute_loss(model, batch, num_items_in_batch=count)
+        estimates = torch.stack([sampled.compute_loss(model, batch, num_items_in_batch=count) for _ in range(100)])
+    assert estimates.std() > 0
+    assert abs(estimates.mean() - expected) < 4 * estimates.std() / 10
+
+
+@pytest.mark.parametrize("share", [0, -0.1, 1.5, float("nan")])
+def test_a_routing_sample_out_of_range_is_an_error(tmp_path, share):
+    with pytest.raises(ValueError, match=r"routing_sample=.* above 0 and at most 1"):
+        arguments(tmp_path, routing_sample=share)
+
+
+@pytest.mark.parametrize("kind", ["baseline", "dnc"])
+def test_training_builds_no_logits_for_either_model(models, tmp_path, kind, monkeypatch):
+    model = models()[kind]
+    monkeypatch.setattr(model.lm_head, "forward", lambda *_: pytest.fail("logits were built"))
+    trainer = DNCTrainer(model, arguments(tmp_path), examples(200))
+    trainer.compute_loss(model, padded_batch()).backward()
+    assert model.lm_head.weight.grad.any()

@@ -1,0 +1,232 @@
+"""The benchmarks run, and compare equals with equals. What they measure here, on tiny sizes, means nothing."""
+
+import inspect
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+
+import decoding
+import long_examples
+import origin_loop
+import other_dnc
+import peak_memory
+import scaling
+import scan
+import training_step
+from origin_loop import OriginMemory, OriginModel, origin_trainer
+from training_step import SIZES, dnc_trainer
+
+from dnc_gpt2.models import new_models
+
+TINY = SIZES["tiny"]
+NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A function that runs a benchmark once on one thread and returns the rows of its JSON file."""
+    threads = torch.get_num_threads()
+
+    def run(main, command: str = "") -> list[dict]:
+        output = tmp_path / "output.json"
+        main([*command.split(), "--threads", "1", "--repeats", "1", "--output", str(output)])
+        return json.loads(output.read_text())["rows"]
+
+    yield run
+    torch.set_num_threads(threads)
+
+
+def shaken(model: torch.nn.Module) -> torch.nn.Module:
+    """The model with every parameter moved away from its special start."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.3 * torch.randn_like(parameter)
+    return model
+
+
+def test_the_origins_loop_gives_the_logits_of_the_simplified_addressing():
+    models = new_models(TINY.config(addressing="simplified", scan="eager"), ["baseline", "dnc"], seed=0)
+    ours = shaken(models["dnc"]).double().eval()
+    origin = OriginModel(models["baseline"], ours.config).double().eval()
+    origin.backbone.load_state_dict(ours.state_dict(), strict=False)
+    origin.memory.load_state_dict(ours.transformer.memory.state_dict())
+    input_ids = TINY.inputs()["input_ids"]
+    output, expected = origin(input_ids), ours(input_ids, output_memory=True)
+    for name in ("logits", "write_gates", "write_weights"):
+        torch.testing.assert_close(getattr(output, name), getattr(expected, name), rtol=0, atol=1e-10)
+    base = origin.backbone(input_ids).logits
+    assert (output.logits - base).abs().max() > 0.1, "the memory changes nothing here: the comparison says nothing"
+
+
+def test_the_origins_memory_is_ours_from_a_used_state():
+    # From an empty memory all slots stay alike, and how the weights are made is not seen.
+    config = TINY.config(addressing="simplified", scan="eager")
+    ours = shaken(new_models(config, ["dnc"], seed=0)["dnc"].transformer.memory).double()
+    origin = OriginMemory(config).double()
+    origin.load_state_dict(ours.state_dict())
+    empty = ours.initial_state(2, torch.device("cpu"), torch.float64)
+    state = empty._replace(memory=torch.randn_like(empty.memory), usage=torch.rand_like(empty.usage))
+    hidden = torch.randn(2, 5, config.n_embd, dtype=torch.float64)
+    expected = ours(hidden, torch.zeros_like(hidden), state)
+    memory, usage, results = state.memory, state.usage, []
+    for t in range(5):
+        *result, memory, usage = origin(hidden[:, t], memory, usage)
+        results.append(result)
+    reads, gates, weights = (torch.stack(values, 1) for values in zip(*results, strict=True))
+    actual = {"hidden_states": reads, "write_gates": gates, "write_weights": weights}
+    for name, value in actual.items():
+        torch.testing.assert_close(value, getattr(expected, name), rtol=0, atol=1e-10)
+    torch.testing.assert_close((memory, usage), (expected.state.memory, expected.state.usage), rtol=0, atol=1e-10)
+    gradients = []
+    for module, read in ((origin, reads), (ours, expected.hidden_states)):
+        parameters = dict(module.named_parameters())
+        gradients.append(torch.autograd.grad(read.square().sum(), [parameters[name] for name in sorted(parameters)]))
+    torch.testing.assert_close(*gradients, rtol=0, atol=1e-8)
+
+
+def test_the_origins_composite_loss_and_gradients_are_those_of_our_trainer(tmp_path):
+    options = {"addressing": "simplified", "scan": "eager", **NO_DROPOUT}
+    arguments = {"lambda_routing": 0.7, "lambda_entropy": 0.3}  # so large that a wrong term shows
+    ours = dnc_trainer(str(tmp_path), TINY, "dnc", options, **arguments)
+    origin = origin_trainer(str(tmp_path), TINY, options, **arguments)
+    shaken(ours.model).double()
+    origin.model.double()
+    origin.model.backbone.load_state_dict(ours.model.state_dict(), strict=False)
+    origin.model.memory.load_state_dict(ours.model.transformer.memory.state_dict())
+    inputs = TINY.inputs()
+    num_items = torch.tensor(inputs["input_ids"].numel())
+    losses = [trainer.training_step(trainer.model, dict(inputs), num_items) for trainer in (ours, origin)]
+    torch.testing.assert_close(*losses, rtol=1e-6, atol=0)  # transformers computes cross-entropy in float32
+    expected = dict(ours.model.transformer.memory.named_parameters())
+    for name, parameter in origin.model.memory.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name].grad, rtol=1e-4, atol=1e-7)
+
+
+def test_origin_loop_compares_its_step_with_gpt2s_and_ours(run):
+    rows = run(origin_loop.main, "--sizes tiny --addressings lru")
+    assert [row["system"] for row in rows] == ["GPT-2", "origin's loop", "ours, lru"]
+    assert rows[0]["ratio to GPT-2"] == rows[1]["origin's loop / this"] == 1
+    assert rows[1]["ratio to GPT-2"] == pytest.approx(rows[1]["ms a step"] / rows[0]["ms a step"])
+
+
+def test_training_step_prints_the_target_next_to_each_ratio(run, monkeypatch, capsys):
+    monkeypatch.setitem(training_step.TARGETS, ("tiny", 0.5), 1.5)
+    rows = run(training_step.main, "--sizes tiny --addressings lru --routing_sample 1 0.5")
+    assert [(row["addressing"], row["routing sample"], row["target, at most"]) for row in rows] == [
+        ("lru", 1.0, None),
+        ("lru", 0.5, 1.5),
+    ]
+    assert all(row["ratio"] == pytest.approx(row["with memory ms"] / row["GPT-2 ms"]) for row in rows)
+    table = capsys.readouterr().out.splitlines()
+    assert table[-2].endswith("| - |") and table[-1].endswith("| 1.5 |")
+
+
+def test_scan_compares_the_fused_scan_with_the_recurrence(run, monkeypatch):
+    monkeypatch.setitem(scan.TARGETS, (2, 8, 6, 8, 2), 7.0)
+    rows = run(scan.main, "--shapes 1,8,6,8,2 2,8,6,8,2 --addressings lru")
+    assert [row["target, at least"] for row in rows] == [None, 7.0]
+    assert all(row["eager / fused"] == pytest.approx(row["eager ms"] / row["fused ms"]) for row in rows)
+
+
+def test_scan_refuses_a_shape_that_is_none(capsys):
+    with pytest.raises(SystemExit):
+        scan.main(["--shapes", "4,128,64"])
+    assert "argument --shapes: invalid shape value: '4,128,64'" in capsys.readouterr().err
+
+
+def test_scaling_gives_the_time_a_token_along_each_size(run, monkeypatch):
+    monkeypatch.setattr(scaling, "BASE", {"batch": 2, "tokens": 4, "slots": 6, "width": 8, "heads": 2})
+    sizes = "--tokens 4 8 --slots 3 6 --width 4 8 --heads 1 2 --batch 1 2"
+    rows = run(scaling.main, f"--scan eager --addressings lru simplified {sizes}")
+    varied = [
+        (name, size)
+        for name in scaling.RANGES
+        for size in {"slots": (3, 6), "heads": (1, 2), "batch": (1, 2)}.get(name, (4, 8))
+    ]
+    assert [(row["addressing"], row["varied"], row["size"]) for row in rows] == [
+        (addressing, name, size) for addressing in ("lru", "simplified") for name, size in varied
+    ]
+    for first, second in zip(rows[::2], rows[1::2], strict=True):
+        assert first["ratio to the first"] == 1
+        assert second["ratio to the first"] == pytest.approx(second["us a token"] / first["us a token"])
+
+
+def test_other_dnc_compares_the_package_with_our_scan(run):
+    pytest.importorskip("dnc")
+    rows = run(other_dnc.main, "--shape 2,4,6,8,2")
+    assert len(rows) == 4 and rows[0]["target, at least"] == 30 and rows[-1]["times our fused scan"] == 1
+
+
+def test_other_dnc_names_the_command_that_installs_what_it_lacks(monkeypatch):
+    monkeypatch.setitem(sys.modules, "dnc", None)
+    with pytest.raises(SystemExit, match=r"pip install --no-deps dnc==1\.1\.0$"):
+        other_dnc.main(["--shape", "2,4,6,8,2"])
+
+
+def test_peak_memory_is_that_of_a_fresh_process():
+    ballast = torch.ones(2**28)  # 1 GiB, which no system measured here comes near
+    before, peak = peak_memory.peak_memory("eager", TINY, {"addressing": "lru"}, 1, 1)
+    assert 1024 * peak_memory.MIB == ballast.nbytes < peak_memory.process_memory()[1]
+    assert 0 < before < peak < 1024
+
+
+def test_peak_memory_compares_every_system_with_gpt2(run, monkeypatch):
+    def measure(system, sizes, options, repeats, threads):
+        return 1.0, {"gpt2": 100.0, "baseline": 80.0, "dnc": 90.0}[system] + len(options)
+
+    monkeypatch.setattr(peak_memory, "peak_memory", measure)
+    monkeypatch.setattr(peak_memory, "compile_kernels", lambda addressings: None)
+    rows = run(peak_memory.main, "--sizes tiny --systems dnc baseline --addressings lru simplified")
+    columns = ("addressing", "peak MiB", "ratio to GPT-2", "target, at most")
+    assert [tuple(row[column] for column in columns) for row in rows] == [
+        (None, 100.0, 1.0, None),
+        ("lru", 91.0, 0.91, 1.0),
+        ("simplified", 91.0, 0.91, 1.0),
+        (None, 80.0, 0.8, None),
+    ]
+
+
+@pytest.mark.parametrize("system", peak_memory.SYSTEMS)
+def test_every_system_makes_a_step(system, tmp_path):
+    step = peak_memory.system_step(system, TINY, {"addressing": "lru", "scan": "eager"}, str(tmp_path))
+    trainer = inspect.getclosurevars(step).nonlocals["trainer"]
+    before = [parameter.detach().clone() for parameter in trainer.model.parameters()]
+    step()
+    after = list(trainer.model.parameters())
+    assert any(not torch.equal(old, new) for old, new in zip(before, after, strict=True))
+    assert all(parameter.isfinite().all() for parameter in after)
+
+
+def test_long_examples_give_time_and_memory_a_token(run, monkeypatch):
+    monkeypatch.setattr(long_examples, "compile_kernels", lambda addressings: None)
+    monkeypatch.setattr(long_examples, "peak_memory", lambda system, sizes, *_: (1.0, 2.0 + sizes.tokens / 512))
+    rows = run(long_examples.main, "--sizes tiny --tokens 8 16 64")
+    assert [row["tokens"] for row in rows] == [8, 16, 64]
+    assert [row["KiB a further token"] for row in rows] == [None, 2.0, 2.0]
+    for row in rows:
+        assert row["us a token"] == pytest.approx(1000 * row["ms a step"] / row["tokens"])
+        assert row["ratio to the first"] == pytest.approx(row["us a token"] / rows[0]["us a token"])
+
+
+def test_long_examples_refuses_a_length_that_is_no_multiple_of_the_window(capsys):
+    with pytest.raises(SystemExit):
+        long_examples.main(["--sizes", "tiny", "--tokens", "9"])
+    assert "--tokens 9 is not a multiple of the attention window 8" in capsys.readouterr().err
+
+
+def test_decoding_counts_the_tokens_of_both_models(run):
+    rows = run(decoding.main, "--sizes tiny --batches 1 2")
+    assert [(row["window"], row["batch"]) for row in rows] == [("inside", 1), ("inside", 2), ("past", 1), ("past", 2)]
+    for row in rows:
+        assert row["ratio"] == pytest.approx(row["with memory tokens/s"] / row["GPT-2 tokens/s"])
+
+
+def test_long_generation_is_watched_at_eight_moments(run):
+    rows = run(decoding.main, "--sizes tiny --tokens 40")
+    assert [row["tokens"] for row in rows] == [5, 10, 15, 20, 25, 30, 35, 40]
+    assert all(row["resident MiB"] > 0 and row["tokens per second"] > 0 for row in rows)
