@@ -138,8 +138,8 @@ def copy(rows, out):
 
 
 @_kernel
-def dots(vectors, rows, width, out):
-    """out[k, n] = vectors[k] . rows[n] over the first `width` columns: [K, *], [N, *] -> [K, N].
+def dots(vectors, rows, first, width, out):
+    """out[k, n] = vectors[k] . rows[n] over `width` columns of the rows, from `first` on: [K, *], [N, *] -> [K, N].
 
     Four rows at a time, so that the last additions of their sums, across a vector register, overlap.
     """
@@ -151,22 +151,22 @@ def dots(vectors, rows, width, out):
             s0, s1, s2, s3 = zero, zero, zero, zero
             for w in range(width):
                 x = vectors[k, w]
-                s0 += x * rows[n, w]
-                s1 += x * rows[n + 1, w]
-                s2 += x * rows[n + 2, w]
-                s3 += x * rows[n + 3, w]
+                s0 += x * rows[n, first + w]
+                s1 += x * rows[n + 1, first + w]
+                s2 += x * rows[n + 2, first + w]
+                s3 += x * rows[n + 3, first + w]
             out[k, n], out[k, n + 1], out[k, n + 2], out[k, n + 3] = s0, s1, s2, s3
     for n in range(blocked, slots):
         for k in range(vectors.shape[0]):
             s0 = zero
             for w in range(width):
-                s0 += vectors[k, w] * rows[n, w]
+                s0 += vectors[k, w] * rows[n, first + w]
             out[k, n] = s0
 
 
 @_kernel
-def weighted_sums(weights, rows, width, out):
-    """out[k] = sum_n weights[k, n] rows[n] over the first `width` columns: [K, N], [N, *] -> [K, width]."""
+def weighted_sums(weights, rows, first, width, out):
+    """out[k] = sum_n weights[k, n] rows[n] over `width` columns from `first` on: [K, N], [N, *] -> [K, width]."""
     slots = rows.shape[0]
     blocked = slots - slots % 4
     for k in range(weights.shape[0]):
@@ -175,29 +175,30 @@ def weighted_sums(weights, rows, width, out):
         for n in range(0, blocked, 4):
             x0, x1, x2, x3 = weights[k, n], weights[k, n + 1], weights[k, n + 2], weights[k, n + 3]
             for w in range(width):
-                out[k, w] += x0 * rows[n, w] + x1 * rows[n + 1, w] + x2 * rows[n + 2, w] + x3 * rows[n + 3, w]
+                c = first + w
+                out[k, w] += x0 * rows[n, c] + x1 * rows[n + 1, c] + x2 * rows[n + 2, c] + x3 * rows[n + 3, c]
         for n in range(blocked, slots):
             x0 = weights[k, n]
             for w in range(width):
-                out[k, w] += x0 * rows[n, w]
+                out[k, w] += x0 * rows[n, first + w]
 
 
 @_kernel
-def add_outer(weights, vectors, width, rows):
-    """rows[n] += sum_k weights[k, n] vectors[k] over the first `width` columns."""
+def add_outer(weights, vectors, first, width, rows):
+    """rows[n] += sum_k weights[k, n] vectors[k] over `width` columns of the rows, from `first` on."""
     count = vectors.shape[0]
     blocked = count - count % 4
     for n in range(rows.shape[0]):
         for k in range(0, blocked, 4):
             x0, x1, x2, x3 = weights[k, n], weights[k + 1, n], weights[k + 2, n], weights[k + 3, n]
             for w in range(width):
-                rows[n, w] += (
+                rows[n, first + w] += (
                     x0 * vectors[k, w] + x1 * vectors[k + 1, w] + x2 * vectors[k + 2, w] + x3 * vectors[k + 3, w]
                 )
         for k in range(blocked, count):
             x0 = weights[k, n]
             for w in range(width):
-                rows[n, w] += x0 * vectors[k, w]
+                rows[n, first + w] += x0 * vectors[k, w]
 
 
 @_kernel
@@ -286,7 +287,7 @@ def content_weights(keys, strengths, rows, inverse, scratch, weights):
     """weights[k, n] = softmax_n(strengths[k] cos(keys[k], rows[n])), with the rows' inverse norms [N] given."""
     scaled, _, lengths, _ = scratch
     scale_keys(keys, strengths, scaled, lengths)
-    dots(scaled, rows, keys.shape[1], weights)
+    dots(scaled, rows, 0, keys.shape[1], weights)
     for k in range(weights.shape[0]):
         for n in range(weights.shape[1]):
             weights[k, n] *= inverse[n]
@@ -299,7 +300,7 @@ def content_backward(keys, strengths, rows, inverse, weights, d_weights, scratch
     scaled, d_scaled, lengths, scores = scratch
     width = keys.shape[1]
     scale_keys(keys, strengths, scaled, lengths)
-    dots(scaled, rows, width, scores)
+    dots(scaled, rows, 0, width, scores)
     softmax_backward(weights, d_weights)
     pulls = scores[0]  # of each row's own norm
     for n in range(rows.shape[0]):
@@ -312,8 +313,8 @@ def content_backward(keys, strengths, rows, inverse, weights, d_weights, scratch
         x, pull = d_weights[0, n], pulls[n]
         for w in range(width):
             d_rows[n, w] += x * scaled[0, w] - pull * rows[n, w]
-    add_outer(d_weights[1:], scaled[1:], width, d_rows)
-    weighted_sums(d_weights, rows, width, d_scaled)
+    add_outer(d_weights[1:], scaled[1:], 0, width, d_rows)
+    weighted_sums(d_weights, rows, 0, width, d_scaled)
     for k in range(keys.shape[0]):
         product = rows.dtype.type(0)
         for w in range(width):
@@ -438,7 +439,8 @@ def end_token(b, t, state, outputs):
     """Put out the weights that the state has now, and what the heads read by them."""
     copy(state.write_weights[b : b + 1], outputs.write_weights[b, t : t + 1])
     copy(state.read_weights[b], outputs.read_weights[b, t])
-    weighted_sums(state.read_weights[b], state.memory[b], state.memory.shape[2], outputs.reads[b, t])
+    values = outputs.reads.shape[3]
+    weighted_sums(state.read_weights[b], state.memory[b], state.memory.shape[2] - values, values, outputs.reads[b, t])
 
 
 @_kernel
@@ -498,12 +500,17 @@ def clear_gradients(b, t, d_x):
 
 @_kernel
 def reads_backward(weights, rows, d_reads, d_weights, scratch, d_state, d_rows):
-    """Backward of reads = weights @ rows. Adds to d_rows, and to d_state both gradients of the weights, [R, N]."""
-    dots(d_reads, rows, rows.shape[1], scratch)
+    """Backward of reads = weights @ the last columns of rows, as many as d_reads has.
+
+    Adds to d_rows, and to d_state both gradients of the weights, [R, N].
+    """
+    values = d_reads.shape[1]
+    first = rows.shape[1] - values
+    dots(d_reads, rows, first, values, scratch)
     for r in range(weights.shape[0]):
         for n in range(weights.shape[1]):
             d_state[r, n] += scratch[r, n] + d_weights[r, n]
-    add_outer(weights, d_reads, rows.shape[1], d_rows)
+    add_outer(weights, d_reads, first, values, d_rows)
 
 
 @_kernel
@@ -947,8 +954,8 @@ def sharpen_backward(weights, sharpness, sharp, gradients):
 def follow_links(link, read_weights, sharpness, options, raw, directed):
     """Where the old read weights [R, N] lead, backward and forward: raw and directed (sharpened) [2, R, N]."""
     slots = link.shape[0]
-    weighted_sums(read_weights, link, slots, raw[0])
-    dots(read_weights, link, slots, raw[1])
+    weighted_sums(read_weights, link, 0, slots, raw[0])
+    dots(read_weights, link, 0, slots, raw[1])
     for d in range(2):
         copy(raw[d], directed[d])
         if options.sharpened:
@@ -966,12 +973,12 @@ def follow_links_backward(
         for d in range(2):
             for r in range(read_weights.shape[0]):
                 d_sharpness[r, d] = sharpen_backward(raw[d, r], sharpness[r, d], directed[d, r], d_directed[d, r])
-    dots(d_directed[0], link, slots, scratch)
-    weighted_sums(d_directed[1], link, slots, d_read)
+    dots(d_directed[0], link, 0, slots, scratch)
+    weighted_sums(d_directed[1], link, 0, slots, d_read)
     for r in range(read_weights.shape[0]):
         add(scratch[r], d_read[r])
-    add_outer(read_weights, d_directed[0], slots, d_link)
-    add_outer(d_directed[1], read_weights, slots, d_link)
+    add_outer(read_weights, d_directed[0], 0, slots, d_link)
+    add_outer(d_directed[1], read_weights, 0, slots, d_link)
 
 
 @_kernel
@@ -1017,7 +1024,7 @@ def masked_scores(rows, scratch):
     """Scores of the scaled keys and the rows' inverse norms under each mask, both [K, N]."""
     squares, scaled, _, _, scores, inverse = scratch
     one, epsilon = rows.dtype.type(1), rows.dtype.type(EPSILON)
-    dots(scaled, rows, rows.shape[1], scores)
+    dots(scaled, rows, 0, rows.shape[1], scores)
     for k in range(scores.shape[0]):
         for n in range(scores.shape[1]):
             total = rows.dtype.type(0)
@@ -1055,8 +1062,8 @@ def masked_content_backward(
             for w in range(width):
                 d_rows[n, w] -= pull * squares[k, w] * rows[n, w]
                 d_masks[k, w] -= pull * rows[n, w] * rows[n, w]  # twice the gradient of the mask's square
-    add_outer(d_weights, scaled, width, d_rows)
-    weighted_sums(d_weights, rows, width, d_scaled)
+    add_outer(d_weights, scaled, 0, width, d_rows)
+    weighted_sums(d_weights, rows, 0, width, d_scaled)
     for k in range(keys.shape[0]):
         product = rows.dtype.type(0)
         for w in range(width):

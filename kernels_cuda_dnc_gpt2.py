@@ -59,7 +59,8 @@ class Sizes(NamedTuple):
     addressing: str
     slots: int
     width: int
-    address: int  # columns that content addressing looks at
+    address: int  # columns that content addressing looks at, the first of a row
+    values: int  # columns that are read, the last of a row
     heads: int
     slot_block: int  # slots, padded
     columns: int  # of a block of the memory: all, padded, where it stays in registers
@@ -332,23 +333,32 @@ def write_backward(
 
 
 @part
+def first_block(S: tl.constexpr):
+    """The first column of the block in which the value columns begin."""
+    return (S.width - S.values) // S.columns * S.columns
+
+
+@part
 def read_rows(memory, rows, weights, reads_at, S: tl.constexpr):
-    """Store sum_n weights[n] rows[n]."""
-    for start in range(0, S.width, S.columns):
+    """Store sum_n weights[n] rows[n] over the value columns."""
+    for start in range(first_block(S), S.width, S.columns):
         if S.streamed:
             memory = load_tile(rows, start, S.width, S.columns, S)
-        store_vector(reads_at, start, S.width, tl.sum(memory * weights[:, None], 0), S.columns)
+        place = start + tl.arange(0, S.columns) - (S.width - S.values)
+        read = tl.sum(memory * weights[:, None], 0)
+        tl.store(reads_at + place, read, mask=(place >= 0) & (place < S.values))
 
 
 @part
 def read_rows_backward(memory, rows, weights, d_reads_at, d_memory, d_rows, S: tl.constexpr):
     """Returns d_memory and the gradient of the weights [N]."""
     d_weights = zeros(S.slot_block, memory.dtype)
-    for start in range(0, S.width, S.columns):
+    for start in range(first_block(S), S.width, S.columns):
         if S.streamed:
             memory = load_tile(rows, start, S.width, S.columns, S)
             d_memory = load_tile(d_rows, start, S.width, S.columns, S)
-        d_reads = load_vector(d_reads_at, start, S.width, S.columns)
+        place = start + tl.arange(0, S.columns) - (S.width - S.values)
+        d_reads = tl.load(d_reads_at + place, mask=(place >= 0) & (place < S.values), other=0.0)
         d_weights += tl.sum(memory * d_reads[None, :], 1)
         d_memory += weights[:, None] * d_reads[None, :]
         if S.streamed:
@@ -717,7 +727,7 @@ def forward_kernel(x, state, outputs, saved, checkpoints, scratch, tokens, chunk
                     tl.debug_barrier()
                     store_slots(read_at + r * S.slots, read, S)
                 store_slots(outputs.read_weights + k * S.slots, read, S)
-                read_rows(memory, rows, read, outputs.reads + k * S.width, S)
+                read_rows(memory, rows, read, outputs.reads + k * S.values, S)
             tl.debug_barrier()
     if not S.streamed:
         store_tile(rows, 0, S.width, memory, S.columns, S)
@@ -848,7 +858,7 @@ def backward_kernel(
                     d_read = load_slots(d_outputs.read_weights + k * S.slots, S)
                     d_read += load_slots(d_read_at + r * S.slots, S)
                     d_memory, d_by_read = read_rows_backward(
-                        after, after_rows, read, d_outputs.reads + k * S.width, d_memory, d_rows, S
+                        after, after_rows, read, d_outputs.reads + k * S.values, d_memory, d_rows, S
                     )
                     d_read += d_by_read
                     d_old = d_read  # "simplified": kept until the content is walked back through
@@ -1001,6 +1011,7 @@ def sizes(addressing: str, x: Any, state: Any, options: Any) -> Sizes:
         slots=slots,
         width=width,
         address=address,
+        values=width if addressing != "lru" else width - address,
         heads=heads,
         slot_block=slot_block,
         columns=columns,

@@ -86,7 +86,7 @@ def _scan_all(
     With `training` those of `Saved` and the checkpoints follow: the states [B * chunks, ...] before every chunk.
     """
     interface = Interface(*[x.contiguous() for x in interface])
-    outputs = _new_outputs(interface, state)
+    outputs = _new_outputs(interface, state, addressing)
     new_state = [x.clone(memory_format=torch.contiguous_format) for x in state]
     kept = _new_kept(interface, state, addressing, training)
     saved, checkpoints = _split(kept, Saved, State)
@@ -102,15 +102,16 @@ _scan = torch.library.custom_op(f"{NAMESPACE}::scan", _scan_all, mutates_args=()
 @_scan.register_fake
 def _scan_fake(interface, state, implementation, addressing, usage_decay, read_refresh, erase_on_free, training):
     kept = _new_kept(interface, state, addressing, training) if training else []
-    return [*_new_outputs(interface, state), *(x.new_empty(x.shape) for x in state), *kept]
+    return [*_new_outputs(interface, state, addressing), *(x.new_empty(x.shape) for x in state), *kept]
 
 
-def _new_outputs(interface: Sequence[Tensor], state: Sequence[Tensor]) -> list[Tensor]:
+def _new_outputs(interface: Sequence[Tensor], state: Sequence[Tensor], addressing: str) -> list[Tensor]:
     """Memory for the tensors of `Outputs`."""
     new = state[0].new_empty
     batch, slots, width = state[0].shape
-    tokens, heads = Interface(*interface).read_keys.shape[1:3]
-    return [new(batch, tokens, heads, width), new(batch, tokens, slots), new(batch, tokens, heads, slots)]
+    tokens, heads, address = Interface(*interface).read_keys.shape[1:]
+    values = width - address if addressing == "lru" else width
+    return [new(batch, tokens, heads, values), new(batch, tokens, slots), new(batch, tokens, heads, slots)]
 
 
 def _new_kept(interface: Sequence[Tensor], state: Sequence[Tensor], addressing: str, training: bool) -> list[Tensor]:
@@ -213,7 +214,7 @@ def fused_scan(interface: Any, state: Any, config: Any) -> tuple[Tensor, Tensor,
         state: `MemoryState` before the first token.
         config: `scan`, `addressing` and its options.
     Returns:
-        reads [B, T, R, W], write_weights [B, T, N], read_weights [B, T, R, N] and the new state; or None where the
+        reads [B, T, R, V], write_weights [B, T, N], read_weights [B, T, R, N] and the new state; or None where the
         recurrence itself has to run (`scan="eager"`, or without what the fused scan needs).
     Raises:
         RuntimeError: `scan="numba"`, but numba's scan cannot run.

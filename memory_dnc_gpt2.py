@@ -1,9 +1,10 @@
 """The external memory: its state, its addressing, the readable recurrence that specifies it, and the module.
 
-Shapes: B batch, T tokens, H hidden size, N memory slots, W row width, A address width (A = W but for `"lru"`), R read
-heads. Sources: Graves et al. 2016, "Hybrid computing using a neural network with dynamic external memory" (`"dnc"`);
-Csordas and Schmidhuber 2019, "Improving differentiable neural computers through memory masking, de-allocation, and
-link distribution sharpness control" (its three options).
+Shapes: B batch, T tokens, H hidden size, N memory slots, W row width, R read heads, A address width and V value width:
+a row of `"lru"` is A columns by which it is found and V = W - A columns that are read, otherwise A = V = W. Sources:
+Graves et al. 2016, "Hybrid computing using a neural network with dynamic external memory" (`"dnc"`); Csordas and
+Schmidhuber 2019, "Improving differentiable neural computers through memory masking, de-allocation, and link
+distribution sharpness control" (its three options).
 """
 
 from typing import NamedTuple
@@ -103,7 +104,7 @@ class MemoryInterface(NamedTuple):
 class ScanOutput(NamedTuple):
     """The memory's answer for all tokens: zero where a token is masked."""
 
-    reads: Tensor  # [B, T, R, W]
+    reads: Tensor  # [B, T, R, V]
     write_weights: Tensor  # [B, T, N]
     read_weights: Tensor  # [B, T, R, N]
     state: MemoryState
@@ -225,7 +226,7 @@ def dnc_step(x: MemoryInterface, state: MemoryState, erase_on_free: bool) -> tup
 def lru_step(
     x: MemoryInterface, state: MemoryState, usage_decay: float, read_refresh: float
 ) -> tuple[Tensor, MemoryState]:
-    """One token of `"lru"`: reads [B, R, W] and the new state. Similarities look at the address columns alone."""
+    """One token of `"lru"`: reads [B, R, V] and the new state. Similarities look at the address columns alone."""
     width = x.read_keys.shape[-1]
     usage = decayed_usage(state.usage, state.write_weights, state.read_weights, usage_decay, read_refresh)
     addresses = state.memory[..., :width]
@@ -236,7 +237,7 @@ def lru_step(
     memory = write(state.memory, weights, x.erase_vectors, x.write_vectors)
     read_weights = content_weights(x.read_keys, x.read_strengths, memory[..., :width])
     new = state._replace(memory=memory, usage=usage, write_weights=weights, read_weights=read_weights)
-    return read_weights @ memory, new
+    return read_weights @ memory[..., width:], new
 
 
 def recurrence(interface: MemoryInterface, state: MemoryState, config: DNCGPT2Config) -> ScanOutput:
@@ -410,7 +411,7 @@ class DNCMemory(nn.Module):
         state = output.state._replace(previous_hidden=last_hidden, started=started.to(dtype))
         reads = output.reads
         if read_gates is not None:
-            reads = reads[..., self.address_columns :] * read_gates[..., None]
+            reads = reads * read_gates[..., None]
         read_hidden = self.read_projection(reads.flatten(2).to(hidden_states.dtype))
         write_gates = interface.write_gates if mask is None else interface.write_gates * mask
         return MemoryOutput(read_hidden, write_gates, output.write_weights, output.read_weights, state)

@@ -77,18 +77,19 @@ def ceiling(loop: Callable, slots: int, width: int, threads: int, repeats: int) 
 def operations(addressing: str, shape: tuple[int, ...]) -> float:
     """Floating-point operations of a scan forward and backward; those that grow with slots times columns only.
 
-    A multiplication and an addition count as two, A are the address columns (`"lru"`: half of W) and L = N for links:
-    forward    scores of one write and R read keys 2 (1 + R) N A, norms 2 N A, write 4 N W, reads 2 R N W
+    A multiplication and an addition count as two, A are the address columns, V the value columns (`"lru"`: half of W
+    each, otherwise W) and L = N for links:
+    forward    scores of one write and R read keys 2 (1 + R) N A, norms 2 N A, write 4 N W, reads 2 R N V
     backward   the writes and norms once more; gradients of the read weights and through the reads to the memory
-               4 R N W; of each key's scores, recomputed, keys and rows 6 (1 + R) N A; of the rows' norms
+               4 R N V; of each key's scores, recomputed, keys and rows 6 (1 + R) N A; of the rows' norms
                2 N A for the write and the read; of the write 11 N W
     links      forward update 5 N L and following both ways 4 R N L; backward the same again, 8 R N L for what follows
                and 9 N L for the update
     """
     batch, tokens, slots, width, heads = shape
-    address = width // 2 if addressing == "lru" else width
-    forward = slots * (2 * (1 + heads) * address + 2 * address + 4 * width + 2 * heads * width)
-    backward = slots * (4 * width + 2 * address + 4 * heads * width + (6 * (1 + heads) + 4) * address + 11 * width)
+    address = values = width // 2 if addressing == "lru" else width
+    forward = slots * (2 * (1 + heads) * address + 2 * address + 4 * width + 2 * heads * values)
+    backward = slots * (4 * width + 2 * address + 4 * heads * values + (6 * (1 + heads) + 4) * address + 11 * width)
     links = slots**2 * ((5 + 4 * heads) + (5 + 4 * heads) + 8 * heads + 9) if addressing == "dnc" else 0
     return batch * tokens * (forward + backward + links)
 

@@ -208,7 +208,7 @@ def dnc_step(x: TokenInterface, s: RowState, erase_on_free: bool) -> tuple[list,
 def lru_step(
     x: TokenInterface, s: RowState, address_columns: int, usage_decay: float, read_refresh: float
 ) -> tuple[list, RowState]:
-    """Reads of whole rows [R][W] and the new state."""
+    """Reads of the value columns [R][W - A] and the new state."""
     slots, heads = range(len(s.memory)), range(len(x.read_keys))
     usage = []
     for n in slots:
@@ -222,7 +222,7 @@ def lru_step(
     memory = write(s.memory, w, x.erase_vectors, x.write_vectors)
     addresses = [row[:address_columns] for row in memory]
     wr = [content_addressing(x.read_keys[r], x.read_strengths[r], addresses) for r in heads]
-    reads = [read(memory, wr[r]) for r in heads]
+    reads = [read([row[address_columns:] for row in memory], wr[r]) for r in heads]
     return reads, RowState(memory, usage, w, wr, None, None, s.previous_hidden, s.started)
 
 
@@ -275,7 +275,8 @@ def scan(interface: MemoryInterface, state: MemoryState, config: DNCGPT2Config) 
                 row_writes.append(rows[b].write_weights)
                 row_read_weights.append(rows[b].read_weights)
             else:
-                row_reads.append([[zero() for _ in range(config.mem_width)] for _ in range(config.num_reads)])
+                values = config.mem_width - (config.address_columns if config.addressing == "lru" else 0)
+                row_reads.append([[zero() for _ in range(values)] for _ in range(config.num_reads)])
                 row_writes.append([zero() for _ in range(config.mem_slots)])
                 row_read_weights.append([[zero() for _ in range(config.mem_slots)] for _ in range(config.num_reads)])
         reads.append(row_reads)
@@ -392,8 +393,7 @@ class ReferenceMemory:
             reads, s = step(x, s, config)
             if gates is not None:
                 reads = [
-                    [value * gate for value in read_vector[config.address_columns :]]
-                    for read_vector, gate in zip(reads, gates, strict=True)
+                    [value * gate for value in read_vector] for read_vector, gate in zip(reads, gates, strict=True)
                 ]
             added = self.map("read_projection", [value for read_vector in reads for value in read_vector])
             outputs.append((added, x.write_gates, s.write_weights, s.read_weights))
