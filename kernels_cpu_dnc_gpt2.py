@@ -138,6 +138,12 @@ def copy(rows, out):
 
 
 @_kernel
+def column(first, w):
+    """first + w as an index. Of a signed one numba would ask whether it is negative, and no loop be vectorised."""
+    return np.uint64(first + w)
+
+
+@_kernel
 def dots(vectors, rows, first, width, out):
     """out[k, n] = vectors[k] . rows[n] over `width` columns of the rows, from `first` on: [K, *], [N, *] -> [K, N].
 
@@ -150,17 +156,17 @@ def dots(vectors, rows, first, width, out):
         for k in range(vectors.shape[0]):
             s0, s1, s2, s3 = zero, zero, zero, zero
             for w in range(width):
-                x = vectors[k, w]
-                s0 += x * rows[n, first + w]
-                s1 += x * rows[n + 1, first + w]
-                s2 += x * rows[n + 2, first + w]
-                s3 += x * rows[n + 3, first + w]
+                x, c = vectors[k, w], column(first, w)
+                s0 += x * rows[n, c]
+                s1 += x * rows[n + 1, c]
+                s2 += x * rows[n + 2, c]
+                s3 += x * rows[n + 3, c]
             out[k, n], out[k, n + 1], out[k, n + 2], out[k, n + 3] = s0, s1, s2, s3
     for n in range(blocked, slots):
         for k in range(vectors.shape[0]):
             s0 = zero
             for w in range(width):
-                s0 += vectors[k, w] * rows[n, first + w]
+                s0 += vectors[k, w] * rows[n, column(first, w)]
             out[k, n] = s0
 
 
@@ -175,12 +181,12 @@ def weighted_sums(weights, rows, first, width, out):
         for n in range(0, blocked, 4):
             x0, x1, x2, x3 = weights[k, n], weights[k, n + 1], weights[k, n + 2], weights[k, n + 3]
             for w in range(width):
-                c = first + w
+                c = column(first, w)
                 out[k, w] += x0 * rows[n, c] + x1 * rows[n + 1, c] + x2 * rows[n + 2, c] + x3 * rows[n + 3, c]
         for n in range(blocked, slots):
             x0 = weights[k, n]
             for w in range(width):
-                out[k, w] += x0 * rows[n, first + w]
+                out[k, w] += x0 * rows[n, column(first, w)]
 
 
 @_kernel
@@ -192,13 +198,13 @@ def add_outer(weights, vectors, first, width, rows):
         for k in range(0, blocked, 4):
             x0, x1, x2, x3 = weights[k, n], weights[k + 1, n], weights[k + 2, n], weights[k + 3, n]
             for w in range(width):
-                rows[n, first + w] += (
+                rows[n, column(first, w)] += (
                     x0 * vectors[k, w] + x1 * vectors[k + 1, w] + x2 * vectors[k + 2, w] + x3 * vectors[k + 3, w]
                 )
         for k in range(blocked, count):
             x0 = weights[k, n]
             for w in range(width):
-                rows[n, first + w] += x0 * vectors[k, w]
+                rows[n, column(first, w)] += x0 * vectors[k, w]
 
 
 @_kernel
