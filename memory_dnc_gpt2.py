@@ -426,17 +426,20 @@ class DNCMemory(nn.Module):
         batch, tokens, _ = hidden.shape
         started = state.started > 0
         stored = torch.where(started[:, None, None], state.previous_hidden[:, None], 0.0)
-        if mask is None and reset is None:
+        if mask is None:
             previous, has_previous = stored.to(hidden.dtype), started[:, None]
             if tokens > 1:
                 previous = torch.cat([previous, hidden[:, :-1]], dim=1)
                 has_previous = F.pad(has_previous, (0, tokens - 1), value=True)
+            if reset is not None:
+                has_previous = has_previous & ~reset
+                previous = torch.where(reset[..., None], 0.0, previous)
             return previous, has_previous, hidden[:, -1].to(stored.dtype), torch.ones_like(started)
         # In the state's dtype, so that a call of padding alone leaves it bit-equal.
         history = torch.cat([stored, hidden.to(stored.dtype)], dim=1)
         # Index 0 stands for the state, index t + 1 for token t.
         index = torch.arange(tokens + 1, device=hidden.device).expand(batch, -1)
-        real = index[:, 1:] if mask is None else torch.where(mask, index[:, 1:], 0)
+        real = torch.where(mask, index[:, 1:], 0)
         latest = torch.cat([index[:, :1], real], 1).cummax(dim=1).values
         previous = latest[:, :-1]
         has_previous = (previous > 0) | started[:, None]
