@@ -24,6 +24,8 @@ class DNCGPT2Config(GPT2Config):
         address_width: leading columns of a row that content addressing looks at (`"lru"` only; the others look at
             whole rows). `None` means half of `mem_width`.
         token_shift: write the token seen now under the context that preceded it (`"lru"`).
+        address_token: make addresses of a context's hidden state and of its token, not of the hidden state alone
+            (`"lru"`).
         usage_decay: factor in (0, 1] by which usage shrinks at every token (`"lru"`).
         read_refresh: share of a read that counts as use, 0 or more (`"lru"`).
         write_gate_bias, allocation_gate_bias, erase_gate_bias, read_gate_bias: initial logits of these gates (`"lru"`).
@@ -50,6 +52,7 @@ class DNCGPT2Config(GPT2Config):
     addressing: str = "lru"
     address_width: int | None = None
     token_shift: bool = True
+    address_token: bool = True
     usage_decay: float | int = 0.99
     read_refresh: float | int = 0.0
     write_gate_bias: float | int = 2.0

@@ -38,6 +38,7 @@ class MemoryState(NamedTuple):
     precedence: Tensor | None  # [B, N], "dnc" with temporal links
     previous_hidden: Tensor  # [B, H], final hidden state of the last token
     started: Tensor  # [B], 1 where previous_hidden holds a token of this document, else 0
+    previous_embedding: Tensor | None = None  # [B, H], embedding of the last token; "lru" whose addresses look at it
 
     def map(self, function) -> "MemoryState":
         """The state with `function` applied to every tensor."""
@@ -71,7 +72,7 @@ class MemoryState(NamedTuple):
             tensors = load_file(path, device=device)
         except SafetensorError as error:
             raise ValueError(f"{path} is not a readable safetensors file ({error}); save the state again.") from error
-        required = set(cls._fields) - {"link", "precedence"}
+        required = set(cls._fields) - {"link", "precedence", "previous_embedding"}
         if not required <= set(tensors) <= set(cls._fields):
             raise ValueError(f"{path} holds {sorted(tensors)}, not a memory state with {sorted(required)}.")
         return cls(**{name: tensors.get(name) for name in cls._fields})
@@ -219,8 +220,8 @@ def dnc_step(x: MemoryInterface, state: MemoryState, erase_on_free: bool) -> tup
             forward = sharpen(forward, x.link_sharpness[..., 1])
         modes = x.read_modes[..., None]
         read_weights = modes[:, :, 0] * backward + modes[:, :, 1] * read_weights + modes[:, :, 2] * forward
-    new = MemoryState(memory, usage, weights, read_weights, link, precedence, state.previous_hidden, state.started)
-    return read_weights @ memory, new
+    new = {"memory": memory, "usage": usage, "write_weights": weights, "read_weights": read_weights}
+    return read_weights @ memory, state._replace(**new, link=link, precedence=precedence)
 
 
 def lru_step(
@@ -302,17 +303,19 @@ class DNCMemory(nn.Module):
         self.config = config
         # Looking something up in a config takes as long as a small matrix product.
         self.addressing, self.address_columns = config.addressing, config.address_columns
-        self.num_reads, self.token_shift = config.num_reads, config.token_shift
+        self.num_reads = config.num_reads
+        self.token_shift, self.address_token = config.token_shift, config.address_token
         hidden, width, address, heads = config.n_embd, config.mem_width, config.address_columns, config.num_reads
         self.state_shapes = self._state_shapes()
         if config.addressing == "lru":
             self.embedding_scale = nn.Parameter(torch.empty(1))  # not a scalar, which fully_shard refuses
-            self.write_address = nn.Linear(hidden, address, bias=False)
+            context = 2 * hidden if config.address_token else hidden
+            self.write_address = nn.Linear(context, address, bias=False)
             self.write_value = nn.Linear(hidden, width - address, bias=False)
             self.write_key = nn.Linear(2 * hidden, address)
             self.erase = nn.Linear(2 * hidden, width)
             self.write_control = nn.Linear(2 * hidden, 3)  # write gate, allocation gate, strength of the content key
-            self.read_key = nn.Linear(hidden, heads * address, bias=False)
+            self.read_key = nn.Linear(context, heads * address, bias=False)
             self.read_control = nn.Linear(hidden, 2 * heads)  # strength and gate of each head
             self.read_projection = nn.Linear(heads * (width - address), hidden, bias=False)
             return
@@ -355,6 +358,7 @@ class DNCMemory(nn.Module):
             "precedence": (slots,) if links else None,
             "previous_hidden": (config.n_embd,),
             "started": (),
+            "previous_embedding": (config.n_embd,) if config.addressing == "lru" and config.address_token else None,
         }
 
     def check_state(self, state: MemoryState, batch_size: int) -> None:
@@ -396,7 +400,9 @@ class DNCMemory(nn.Module):
             state = state.to(device=hidden_states.device, dtype=dtype)
         if reset is not None:
             reset = reset if mask is None else reset & mask
-        previous, has_previous, last_hidden, started = self._previous_hidden(hidden_states, state, mask, reset)
+        # What the state keeps of the last token.
+        kept = [hidden_states] if state.previous_embedding is None else [hidden_states, token_embeddings]
+        previous, has_previous, last, started = self._previous(torch.cat(kept, dim=-1), state, mask, reset)
         if self.addressing == "lru":
             interface, read_gates = self._lru_interface(hidden_states, token_embeddings, previous, has_previous)
         elif self.addressing == "dnc":
@@ -408,7 +414,8 @@ class DNCMemory(nn.Module):
         with maybe_autocast(hidden_states.device.type, enabled=False):
             output = fused_scan(interface, state, self.config)
             output = recurrence(interface, state, self.config) if output is None else ScanOutput(*output)
-        state = output.state._replace(previous_hidden=last_hidden, started=started.to(dtype))
+        last = dict(zip(("previous_hidden", "previous_embedding"), last.chunk(len(kept), dim=-1), strict=False))
+        state = output.state._replace(**last, started=started.to(dtype))
         reads = output.reads
         if read_gates is not None:
             reads = reads * read_gates[..., None]
@@ -416,51 +423,58 @@ class DNCMemory(nn.Module):
         write_gates = interface.write_gates if mask is None else interface.write_gates * mask
         return MemoryOutput(read_hidden, write_gates, output.write_weights, output.read_weights, state)
 
-    def _previous_hidden(
-        self, hidden: Tensor, state: MemoryState, mask: Tensor | None, reset: Tensor | None
+    def _previous(
+        self, now: Tensor, state: MemoryState, mask: Tensor | None, reset: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Hidden state of the previous real token of the same document, whether there is one, and the last of all.
+        """`now` [B, T, K] of the previous real token of the same document, whether there is one, and of the last.
 
-        Returns: previous [B, T, H] (zero where there is none), has_previous [B, T], last [B, H], started [B].
+        Returns: previous [B, T, K] (zero where there is none), has_previous [B, T], last [B, K], started [B].
         """
-        batch, tokens, _ = hidden.shape
+        batch, tokens, _ = now.shape
         started = state.started > 0
-        stored = torch.where(started[:, None, None], state.previous_hidden[:, None], 0.0)
+        stored = [x for x in (state.previous_hidden, state.previous_embedding) if x is not None]
+        stored = torch.where(started[:, None, None], torch.cat(stored, dim=-1)[:, None], 0.0)
         if mask is None:
-            previous, has_previous = stored.to(hidden.dtype), started[:, None]
+            previous, has_previous = stored.to(now.dtype), started[:, None]
             if tokens > 1:
-                previous = torch.cat([previous, hidden[:, :-1]], dim=1)
+                previous = torch.cat([previous, now[:, :-1]], dim=1)
                 has_previous = F.pad(has_previous, (0, tokens - 1), value=True)
             if reset is not None:
                 has_previous = has_previous & ~reset
                 previous = torch.where(reset[..., None], 0.0, previous)
-            return previous, has_previous, hidden[:, -1].to(stored.dtype), torch.ones_like(started)
+            return previous, has_previous, now[:, -1].to(stored.dtype), torch.ones_like(started)
         # In the state's dtype, so that a call of padding alone leaves it bit-equal.
-        history = torch.cat([stored, hidden.to(stored.dtype)], dim=1)
+        history = torch.cat([stored, now.to(stored.dtype)], dim=1)
         # Index 0 stands for the state, index t + 1 for token t.
-        index = torch.arange(tokens + 1, device=hidden.device).expand(batch, -1)
+        index = torch.arange(tokens + 1, device=now.device).expand(batch, -1)
         real = torch.where(mask, index[:, 1:], 0)
         latest = torch.cat([index[:, :1], real], 1).cummax(dim=1).values
-        previous = latest[:, :-1]
-        has_previous = (previous > 0) | started[:, None]
+        before = latest[:, :-1]
+        has_previous = (before > 0) | started[:, None]
         if reset is not None:
             latest_reset = torch.where(reset, index[:, 1:], 0).cummax(dim=1).values
-            has_previous = has_previous & (latest_reset <= previous)
-        gathered = history.gather(1, previous[..., None].expand(-1, -1, hidden.shape[-1]))
+            has_previous = has_previous & (latest_reset <= before)
+        gathered = history.gather(1, before[..., None].expand(-1, -1, now.shape[-1]))
         last = latest[:, -1]
-        last_hidden = history[torch.arange(batch, device=hidden.device), last]
-        previous_hidden = torch.where(has_previous[..., None], gathered, 0.0).to(hidden.dtype)
-        return previous_hidden, has_previous, last_hidden, (last > 0) | started
+        previous = torch.where(has_previous[..., None], gathered, 0.0).to(now.dtype)
+        return previous, has_previous, history[torch.arange(batch, device=now.device), last], (last > 0) | started
 
     def _lru_interface(
         self, hidden: Tensor, embeddings: Tensor, previous: Tensor, has_previous: Tensor
     ) -> tuple[MemoryInterface, Tensor]:
+        token = (self.embedding_scale * unit(embeddings)).to(hidden.dtype)
+        # The context that a token is read by, and that the one after it is written under.
+        context = torch.cat([hidden, token], dim=-1) if self.address_token else hidden
         if not self.token_shift:
-            previous, has_previous = hidden, torch.ones_like(has_previous)
-        token = (self.embedding_scale * unit(embeddings)).to(previous.dtype)
+            before, previous, has_previous = context, hidden, torch.ones_like(has_previous)
+        elif self.address_token:
+            previous, embedding = previous.chunk(2, dim=-1)
+            before = torch.cat([previous, (self.embedding_scale * unit(embedding)).to(hidden.dtype)], dim=-1)
+        else:
+            before = previous
         control = torch.cat([previous, token], dim=-1)
         write_gate, allocation_gate, strength = self.write_control(control).unbind(-1)
-        address = unit(self.write_address(previous))
+        address = unit(self.write_address(before))
         read_strength, read_gate = self.read_control(hidden).unflatten(-1, (2, self.num_reads)).unbind(-2)
         interface = MemoryInterface(
             write_keys=unit(self.write_key(control)),
@@ -469,7 +483,7 @@ class DNCMemory(nn.Module):
             erase_vectors=torch.sigmoid(self.erase(control)),
             write_gates=torch.sigmoid(write_gate) * has_previous,  # a document's first token writes nothing
             allocation_gates=torch.sigmoid(allocation_gate),
-            read_keys=unit(self._per_head(self.read_key(hidden))),
+            read_keys=unit(self._per_head(self.read_key(context))),
             read_strengths=one_plus(read_strength),
         )
         return interface, torch.sigmoid(read_gate)

@@ -58,6 +58,9 @@ class ModelArguments:
     addressing: str = field(default="lru", metadata={"help": "lru, dnc or simplified."})
     address_width: int | None = field(default=None, metadata={"help": "Address columns of a row (lru)."})
     token_shift: bool = field(default=True, metadata={"help": "Store a token under the context before it (lru)."})
+    address_token: bool = field(
+        default=True, metadata={"help": "Address by a context's token beside its hidden state (lru)."}
+    )
     usage_decay: float = field(default=0.99, metadata={"help": "Factor that usage shrinks by at every token (lru)."})
     read_refresh: float = field(default=0.0, metadata={"help": "Share of a read that counts as use (lru)."})
     write_gate_bias: float = field(default=2.0, metadata={"help": "Initial logit of the write gate (lru)."})

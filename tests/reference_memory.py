@@ -109,12 +109,14 @@ class RowState:
     precedence: list | None  # [N]
     previous_hidden: list  # [H]
     started: bool
+    previous_embedding: list | None = None  # [H]
 
     def empty(self) -> "RowState":
         def cleared(x):
             return [cleared(part) for part in x] if isinstance(x, list) else None if x is None else zero()
 
         names = ("memory", "usage", "write_weights", "read_weights", "link", "precedence", "previous_hidden")
+        names += ("previous_embedding",)
         return RowState(**{name: cleared(getattr(self, name)) for name in names}, started=False)
 
 
@@ -223,7 +225,7 @@ def lru_step(
     addresses = [row[:address_columns] for row in memory]
     wr = [content_addressing(x.read_keys[r], x.read_strengths[r], addresses) for r in heads]
     reads = [read([row[address_columns:] for row in memory], wr[r]) for r in heads]
-    return reads, RowState(memory, usage, w, wr, None, None, s.previous_hidden, s.started)
+    return reads, RowState(memory, usage, w, wr, None, None, s.previous_hidden, s.started, s.previous_embedding)
 
 
 def step(x: TokenInterface, s: RowState, config: DNCGPT2Config) -> tuple[list, RowState]:
@@ -342,21 +344,27 @@ class ReferenceMemory:
             x.read_masks = self.heads(masks[config.mem_width :])
         return x
 
-    def lru(self, hidden: list, embedding: list, previous: list | None) -> tuple[TokenInterface, list]:
-        """The interface and the read gates [R]; `previous` is None at a document's first token."""
+    def lru(
+        self, hidden: list, embedding: list, previous: tuple[list, list | None] | None
+    ) -> tuple[TokenInterface, list]:
+        """The interface and the read gates [R]; `previous` (hidden state, embedding) is None at a document's start."""
         (scale,) = self.parameters["embedding_scale"]
-        token = [scale * e for e in unit(embedding)]
-        context = previous
+
+        def scaled(embedding: list) -> list:
+            return [scale * e for e in unit(embedding)]
+
+        def context(hidden: list, embedding: list | None) -> list:
+            return [*hidden, *scaled(embedding)] if self.config.address_token else hidden
+
+        token = scaled(embedding)
         if not self.config.token_shift:
-            context = hidden
-        first = context is None
-        if first:
-            context = [zero() for _ in hidden]
-        control = [*context, *token]
+            previous = hidden, embedding
+        first = previous is None
+        control = [*([zero() for _ in hidden] if first else previous[0]), *token]
         write_gate, allocation_gate, strength = self.map("write_control", control)
-        address = (
-            [zero() for _ in range(self.config.address_columns)] if first else unit(self.map("write_address", context))
-        )
+        address = [zero() for _ in range(self.config.address_columns)]
+        if not first:
+            address = unit(self.map("write_address", context(*previous)))
         head_controls = self.map("read_control", hidden)
         strengths, gates = head_controls[: self.config.num_reads], head_controls[self.config.num_reads :]
         x = TokenInterface(
@@ -365,7 +373,7 @@ class ReferenceMemory:
             write_vectors=[*address, *self.map("write_value", token)],
             erase_vectors=[torch.sigmoid(e) for e in self.map("erase", control)],
             write_gates=zero() if first else torch.sigmoid(write_gate),
-            read_keys=[unit(key) for key in self.heads(self.map("read_key", hidden))],
+            read_keys=[unit(key) for key in self.heads(self.map("read_key", context(hidden, embedding)))],
             read_strengths=[one_plus(s) for s in strengths],
             allocation_gates=torch.sigmoid(allocation_gate),
         )
@@ -387,7 +395,8 @@ class ReferenceMemory:
                 s = s.empty()
             gates = None
             if config.addressing == "lru":
-                x, gates = self.lru(hidden[t], embeddings[t], s.previous_hidden if s.started else None)
+                previous = (s.previous_hidden, s.previous_embedding) if s.started else None
+                x, gates = self.lru(hidden[t], embeddings[t], previous)
             else:
                 x = self.dnc(hidden[t]) if config.addressing == "dnc" else self.simplified(hidden[t])
             reads, s = step(x, s, config)
@@ -398,6 +407,8 @@ class ReferenceMemory:
             added = self.map("read_projection", [value for read_vector in reads for value in read_vector])
             outputs.append((added, x.write_gates, s.write_weights, s.read_weights))
             s.previous_hidden, s.started = hidden[t], True
+            if s.previous_embedding is not None:
+                s.previous_embedding = embeddings[t]
         return *(list(column) for column in zip(*outputs, strict=True)), s
 
     def __call__(

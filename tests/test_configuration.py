@@ -17,6 +17,7 @@ MEMORY_DEFAULTS = {
     "addressing": "lru",
     "address_width": None,
     "token_shift": True,
+    "address_token": True,
     "usage_decay": 0.99,
     "read_refresh": 0.0,
     "write_gate_bias": 2.0,
@@ -114,7 +115,14 @@ MISTYPED = [
     *[("address_width", value, "int") for value in (2.5, "4", True)],
     *[
         (name, value, "bool")
-        for name in ("token_shift", "temporal_links", "masked_content", "erase_on_free", "sharpen_links")
+        for name in (
+            "token_shift",
+            "address_token",
+            "temporal_links",
+            "masked_content",
+            "erase_on_free",
+            "sharpen_links",
+        )
         for value in (1, "yes", None)
     ],
     *[(name, value, "float") for name in ("usage_decay", "read_refresh", *BIASES) for value in ("0.5", True, None)],
@@ -198,6 +206,7 @@ OTHERS = {
     "num_reads": 2,
     "address_width": 3,
     "token_shift": False,
+    "address_token": False,
     "usage_decay": 0.5,
     "read_refresh": 0.25,
     "write_gate_bias": 1.0,
