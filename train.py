@@ -33,7 +33,7 @@ from dnc_gpt2.data import (
     tokenize_texts,
     train_tokenizer,
 )
-from dnc_gpt2.models import count_parameters, new_models, require_checkpoint
+from dnc_gpt2.models import count_parameters, freeze_backbone, new_models, require_checkpoint
 from dnc_gpt2.opponents import SCORED, TRAINED, check_opponents, opponent_model
 from dnc_gpt2.options import (
     INSPECT_OPTION,
@@ -72,6 +72,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     mention_idle_gpus(training)
     if data.streaming and training.max_steps <= 0:
         sys.exit("train.py: --streaming needs --max_steps: how long a stream is, is not known.")
+    if model_arguments.freeze_backbone and not model_arguments.model_name_or_path:
+        sys.exit("train.py: --freeze_backbone needs --model_name_or_path: a new backbone has learned nothing to keep.")
     run = Path(training.output_dir or f"runs/{'embedded' if is_embedded(data) else 'text'}")
     if options.opponents and model_arguments.model != "both":
         sys.exit(f"train.py: --opponents {','.join(options.opponents)} needs --model both.")
@@ -113,6 +115,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
 
     def train_kind(kind: str, model: PreTrainedModel) -> DNCTrainer:
         """Train one model, or load it where it is finished, and save it in its folder of the run."""
+        if model_arguments.freeze_backbone:
+            freeze_backbone(model)
         arguments_of_kind = copy.copy(training)
         arguments_of_kind.output_dir = str(run / kind)
         arguments_of_kind.push_to_hub = training.push_to_hub and kind in models
@@ -290,8 +294,9 @@ def checkpoint_to_resume(run: Path, kind: str, kinds: list[str], training: DNCTr
 
 
 def train(trainer: DNCTrainer, checkpoint: str | None) -> None:
-    """Train, evaluate at the end and save the final checkpoint."""
-    if checkpoint is None or not trainer.load_finished(checkpoint):
+    """Train what there is to train, evaluate at the end and save the final checkpoint."""
+    frozen = not any(parameter.requires_grad for parameter in trainer.model.parameters())
+    if not frozen and (checkpoint is None or not trainer.load_finished(checkpoint)):
         if checkpoint == trainer.args.output_dir:
             sys.exit(
                 f"train.py: {checkpoint} holds a finished model, but no checkpoint-<step> to go on from; choose "
@@ -318,6 +323,7 @@ def training_summary(
         "attention window": data.seq_len,
         "carried memory": data.carry_memory,
         "learning rate": training.learning_rate,
+        "frozen backbone": model_arguments.freeze_backbone,
         "lambda_routing": training.lambda_routing,
         "lambda_entropy": training.lambda_entropy,
         "seed": training.seed,

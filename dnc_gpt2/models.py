@@ -96,6 +96,13 @@ def new_models(
     return models
 
 
+def freeze_backbone(model: PreTrainedModel) -> None:
+    """Leave nothing to train but the memory: of a plain GPT-2 nothing at all."""
+    memory = {id(parameter) for parameter in model.transformer.memory.parameters()} if has_memory(model) else set()
+    for parameter in model.parameters():
+        parameter.requires_grad_(id(parameter) in memory)
+
+
 def gpt2_config(config: DNCGPT2Config, **changes: Any) -> GPT2Config:
     """The GPT-2 part of a configuration, with these fields changed."""
     saved = config.to_dict()

@@ -48,6 +48,9 @@ class ModelArguments:
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "GPT-2 checkpoint to start both models from; its sizes replace those below."}
     )
+    freeze_backbone: bool = field(
+        default=False, metadata={"help": "Train the memory alone, on the checkpoint of --model_name_or_path."}
+    )
     hidden_size: int = field(default=768, metadata={"help": "Width of the backbone (n_embd)."})
     num_layers: int = field(default=6, metadata={"help": "Transformer layers (n_layer)."})
     num_heads: int = field(default=8, metadata={"help": "Attention heads (n_head)."})

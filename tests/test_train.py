@@ -412,6 +412,26 @@ def test_training_goes_on_from_a_plain_gpt2(gpt2, folder, seq_len):
     assert dnc["mem_kl"] == pytest.approx(0, abs=1e-9)
 
 
+def test_a_frozen_backbone_stays_as_it_was_and_the_memory_learns(gpt2, folder):
+    output_dir = folder / "frozen"
+    options = {"output_dir": output_dir, "model_name_or_path": gpt2, "seq_len": 8, "freeze_backbone": True}
+    comparison = tiny_run(folder, **options)
+    start = load_file(gpt2 / "model.safetensors")
+    for kind in KINDS:
+        weights = load_file(output_dir / kind / "model.safetensors")
+        for name, tensor in start.items():
+            if name != "transformer.wpe.weight":  # cut to the window
+                assert torch.equal(weights[name], tensor), name
+    memory = DNCGPT2LMHeadModel.from_pretrained(output_dir / "dnc").transformer.memory
+    assert memory.read_projection.weight.any()
+    assert comparison["models"]["dnc"]["metrics"]["mem_kl"] > 0
+    # The baseline has nothing to train, also where an interrupted run goes on.
+    again = tiny_run(folder, **options, resume_from_checkpoint="true")
+    for kind in KINDS:
+        assert again["models"][kind]["metrics"]["ppl"] == comparison["models"][kind]["metrics"]["ppl"]
+    refused(command_line(tiny_options(folder, output_dir=folder / "new", freeze_backbone=True)), "--model_name_or_path")
+
+
 def test_a_tokenizer_can_be_named(gpt2, folder):
     output_dir = folder / "named_tokenizer"
     tiny_run(folder, output_dir=output_dir, tokenizer_name=gpt2, model="baseline", max_steps=1)
