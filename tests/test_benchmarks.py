@@ -9,19 +9,24 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks" / "quality"))
 
 import decoding
 import long_examples
 import origin_loop
 import other_dnc
 import peak_memory
+import real_text
 import scaling
 import scan
 import training_step
 from origin_loop import OriginMemory, OriginModel, origin_trainer
 from training_step import SIZES, dnc_trainer
 
+from dnc_gpt2.data import DataArguments
 from dnc_gpt2.models import new_models
+from dnc_gpt2.options import ModelArguments, parse
+from dnc_gpt2.trainer import DNCTrainingArguments
 
 TINY = SIZES["tiny"]
 NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
@@ -232,3 +237,30 @@ def test_long_generation_is_watched_at_eight_moments(run):
     rows = run(decoding.main, "--sizes tiny --tokens 40")
     assert [row["tokens"] for row in rows] == [5, 10, 15, 20, 25, 30, 35, 40]
     assert all(row["resident MiB"] > 0 and row["tokens per second"] > 0 for row in rows)
+
+
+def test_real_text_makes_every_model_once_and_compares_it_with_gpt2(tmp_path, monkeypatch):
+    calls = []
+
+    def run(script, arguments, log):
+        calls.append(script)
+        if script == "train.py":  # every option is one of train.py's
+            _, _, training = parse((ModelArguments, DataArguments, DNCTrainingArguments), arguments)
+            folder, models, differences = Path(training.output_dir), {"baseline": {"metrics": {"ppl": 100.0}}}, {}
+        else:
+            folder = Path(arguments[arguments.index("--output_dir") + 1])
+            models = {name: {"metrics": {"ppl": 80.0, "avg_gate": 0.5}} for name in ("dnc", "neural_cache")}
+            differences = {name: {"ppl_ratio": 0.8, "ppl_ratio_interval": [0.75, 0.85]} for name in models}
+        (folder / "comparison.json").write_text(json.dumps({"models": models, "differences": differences}))
+
+    monkeypatch.setattr(real_text, "run", run)
+    output, names = tmp_path / "table.json", [*real_text.MODELS, *real_text.CACHES]
+    files = ["--train_file", "a.txt", "--validation_file", "b.txt", "--folder", str(tmp_path), "--output", str(output)]
+    for _ in range(2):
+        real_text.main([*files, "--seeds", "0", "1"])
+        rows = {row["model"]: row for row in json.loads(output.read_text())["rows"]}
+        assert list(rows) == names and rows["gpt2"]["ratio to GPT-2"] == 1
+        assert rows["lru-64"]["ratio to GPT-2"] == 0.8
+        assert rows["lru-64"]["95 % interval of each seed"] == "0.750-0.850 0.750-0.850"
+        assert calls.count("train.py") == 2 * len(real_text.MODELS)
+        assert calls.count("compare.py") == 2 * (len(names) - 1)
