@@ -170,7 +170,7 @@ def test_masked_tokens_leave_the_state_bit_equal(device):
         reads, write_weights, read_weights, final = kernels.fused_scan(x._replace(mask=mask), state, config)
     assert not (reads.any() or write_weights.any() or read_weights.any())
     for before, after in zip(state, final, strict=True):
-        assert torch.equal(before, after)
+        assert (before is None and after is None) or torch.equal(before, after)
 
 
 def test_compiles_to_one_graph(device):
