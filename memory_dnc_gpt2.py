@@ -309,13 +309,15 @@ class DNCMemory(nn.Module):
         self.state_shapes = self._state_shapes()
         if config.addressing == "lru":
             self.embedding_scale = nn.Parameter(torch.empty(1))  # not a scalar, which fully_shard refuses
-            context = 2 * hidden if config.address_token else hidden
-            self.write_address = nn.Linear(context, address, bias=False)
+            self.write_address = nn.Linear(hidden, address, bias=False)
+            self.read_key = nn.Linear(hidden, heads * address, bias=False)
+            if config.address_token:
+                self.write_token_address = nn.Linear(hidden, address, bias=False)
+                self.read_token_key = nn.Linear(hidden, heads * address, bias=False)
             self.write_value = nn.Linear(hidden, width - address, bias=False)
             self.write_key = nn.Linear(2 * hidden, address)
             self.erase = nn.Linear(2 * hidden, width)
             self.write_control = nn.Linear(2 * hidden, 3)  # write gate, allocation gate, strength of the content key
-            self.read_key = nn.Linear(context, heads * address, bias=False)
             self.read_control = nn.Linear(hidden, 2 * heads)  # strength and gate of each head
             self.read_projection = nn.Linear(heads * (width - address), hidden, bias=False)
             return
@@ -463,18 +465,19 @@ class DNCMemory(nn.Module):
         self, hidden: Tensor, embeddings: Tensor, previous: Tensor, has_previous: Tensor
     ) -> tuple[MemoryInterface, Tensor]:
         token = (self.embedding_scale * unit(embeddings)).to(hidden.dtype)
-        # The context that a token is read by, and that the one after it is written under.
-        context = torch.cat([hidden, token], dim=-1) if self.address_token else hidden
+        # A token is written under the context before it: that one's hidden state and token.
+        previous_token = embeddings
         if not self.token_shift:
-            before, previous, has_previous = context, hidden, torch.ones_like(has_previous)
+            previous, has_previous = hidden, torch.ones_like(has_previous)
         elif self.address_token:
-            previous, embedding = previous.chunk(2, dim=-1)
-            before = torch.cat([previous, (self.embedding_scale * unit(embedding)).to(hidden.dtype)], dim=-1)
-        else:
-            before = previous
+            previous, previous_token = previous.chunk(2, dim=-1)
+        address, read_keys = unit(self.write_address(previous)), unit(self._per_head(self.read_key(hidden)))
+        if self.address_token:
+            # Normalised apart, so that neither outweighs the other; cosines do not mind the length of the sum.
+            address = address + unit(self.write_token_address(previous_token))
+            read_keys = read_keys + unit(self._per_head(self.read_token_key(embeddings)))
         control = torch.cat([previous, token], dim=-1)
         write_gate, allocation_gate, strength = self.write_control(control).unbind(-1)
-        address = unit(self.write_address(before))
         read_strength, read_gate = self.read_control(hidden).unflatten(-1, (2, self.num_reads)).unbind(-2)
         interface = MemoryInterface(
             write_keys=unit(self.write_key(control)),
@@ -483,7 +486,7 @@ class DNCMemory(nn.Module):
             erase_vectors=torch.sigmoid(self.erase(control)),
             write_gates=torch.sigmoid(write_gate) * has_previous,  # a document's first token writes nothing
             allocation_gates=torch.sigmoid(allocation_gate),
-            read_keys=unit(self._per_head(self.read_key(context))),
+            read_keys=read_keys,
             read_strengths=one_plus(read_strength),
         )
         return interface, torch.sigmoid(read_gate)
@@ -538,9 +541,13 @@ class DNCMemory(nn.Module):
             init.constant_(self.temperature, 2.0)
         if config.addressing == "lru":
             init.constant_(self.embedding_scale, 8.0)
-            for linear in (self.write_address, self.write_value):
-                init.orthogonal_(linear.weight)
-            init.copy_(self.read_key.weight, self.write_address.weight.repeat(config.num_reads, 1))
+            addresses = [(self.write_address, self.read_key)]
+            if config.address_token:
+                addresses.append((self.write_token_address, self.read_token_key))
+            init.orthogonal_(self.write_value.weight)
+            for write_map, read_map in addresses:
+                init.orthogonal_(write_map.weight)
+                init.copy_(read_map.weight, write_map.weight.repeat(config.num_reads, 1))
             for linear in (self.write_control, self.read_control, self.erase):
                 init.zeros_(linear.weight)
             biases = [config.write_gate_bias, config.allocation_gate_bias, 3.0]

@@ -350,13 +350,15 @@ class ReferenceMemory:
         """The interface and the read gates [R]; `previous` (hidden state, embedding) is None at a document's start."""
         (scale,) = self.parameters["embedding_scale"]
 
-        def scaled(embedding: list) -> list:
-            return [scale * e for e in unit(embedding)]
+        def place(of_hidden: list, of_token: list) -> list:
+            if not self.config.address_token:
+                return unit(of_hidden)
+            return [a + b for a, b in zip(unit(of_hidden), unit(of_token), strict=True)]
 
-        def context(hidden: list, embedding: list | None) -> list:
-            return [*hidden, *scaled(embedding)] if self.config.address_token else hidden
+        def apply(name: str, x: list) -> list:
+            return self.map(name, x) if f"{name}.weight" in self.parameters else []
 
-        token = scaled(embedding)
+        token = [scale * e for e in unit(embedding)]
         if not self.config.token_shift:
             previous = hidden, embedding
         first = previous is None
@@ -364,7 +366,10 @@ class ReferenceMemory:
         write_gate, allocation_gate, strength = self.map("write_control", control)
         address = [zero() for _ in range(self.config.address_columns)]
         if not first:
-            address = unit(self.map("write_address", context(*previous)))
+            before, before_token = previous
+            address = place(self.map("write_address", before), apply("write_token_address", before_token))
+        keys = self.heads(self.map("read_key", hidden))
+        token_keys = self.heads(apply("read_token_key", embedding))
         head_controls = self.map("read_control", hidden)
         strengths, gates = head_controls[: self.config.num_reads], head_controls[self.config.num_reads :]
         x = TokenInterface(
@@ -373,7 +378,7 @@ class ReferenceMemory:
             write_vectors=[*address, *self.map("write_value", token)],
             erase_vectors=[torch.sigmoid(e) for e in self.map("erase", control)],
             write_gates=zero() if first else torch.sigmoid(write_gate),
-            read_keys=[unit(key) for key in self.heads(self.map("read_key", context(hidden, embedding)))],
+            read_keys=[place(key, token_key) for key, token_key in zip(keys, token_keys, strict=True)],
             read_strengths=[one_plus(s) for s in strengths],
             allocation_gates=torch.sigmoid(allocation_gate),
         )

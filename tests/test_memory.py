@@ -578,10 +578,11 @@ def test_new_memory_has_the_start_values_of_its_configuration():
     assert (gates == -1).all()
     for linear in (memory.write_control, memory.read_control, memory.erase):
         assert (linear.weight == 0).all()
-    for linear in (memory.write_address, memory.write_value):
+    for linear in (memory.write_address, memory.write_token_address, memory.write_value):
         assert_close(linear.weight @ linear.weight.mT, torch.eye(WIDTH // 2).double(), tolerance=1e-6)
-    for read_key in memory.read_key.weight.view(2, -1, 16):
-        assert torch.equal(read_key, memory.write_address.weight)
+    for read, written in (("read_key", "write_address"), ("read_token_key", "write_token_address")):
+        for head in memory.get_parameter(f"{read}.weight").chunk(2):
+            assert torch.equal(head, memory.get_parameter(f"{written}.weight"))
     for read_projection in memory.read_projection.weight.view(8, 2, -1).unbind(1):
         assert_close(read_projection, memory.write_value.weight.mT / 2)
     assert make_memory(spread=0, addressing="simplified").temperature == 2
@@ -604,7 +605,7 @@ def test_read_heads_start_distinct_and_differ_after_training():
         optimizer.zero_grad()
         (memory(hidden, embeddings).hidden_states - target).square().mean().backward()
         optimizer.step()
-    keys = memory.read_key.weight.view(3, -1, 32)
+    keys = memory.read_key.weight.chunk(3)
     assert all((keys[a] - keys[b]).abs().max() > 1e-4 for a, b in [(0, 1), (0, 2), (1, 2)])
 
 
