@@ -26,6 +26,8 @@ class DNCGPT2Config(GPT2Config):
         token_shift: write the token seen now under the context that preceded it (`"lru"`).
         address_token: make addresses of a context's hidden state and of its token, not of the hidden state alone
             (`"lru"`).
+        surprise_weight: initial weight of a token's surprise, minus the logit that the backbone gave it, in the logit of
+            its write gate (`"lru"`).
         usage_decay: factor in (0, 1] by which usage shrinks at every token (`"lru"`).
         read_refresh: share of a read that counts as use, 0 or more (`"lru"`).
         write_gate_bias, allocation_gate_bias, erase_gate_bias, read_gate_bias: initial logits of these gates (`"lru"`).
@@ -53,6 +55,7 @@ class DNCGPT2Config(GPT2Config):
     address_width: int | None = None
     token_shift: bool = True
     address_token: bool = True
+    surprise_weight: float | int = 0.5
     usage_decay: float | int = 0.99
     read_refresh: float | int = 0.0
     write_gate_bias: float | int = 2.0
@@ -72,7 +75,9 @@ class DNCGPT2Config(GPT2Config):
         """As in transformers; a plain GPT-2 checkpoint is given a memory that leaves its logits as they are."""
         config, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         if config.get("model_type") == GPT2Config.model_type:
-            config = {**config, "model_type": cls.model_type, "read_projection_init": "zero"}
+            # A backbone that has learned may give all tokens large logits of one sign, which would saturate the gate.
+            start = {"read_projection_init": "zero", "surprise_weight": 0.0}
+            config = {**config, "model_type": cls.model_type, **start}
             config.pop("architectures", None)
         return config, kwargs
 
@@ -121,7 +126,8 @@ class DNCGPT2Config(GPT2Config):
         self._require("sharpen_links", self.temporal_links or not self.sharpen_links, allowed)
         self._require("usage_decay", 0 < self.usage_decay <= 1, "a number in (0, 1]")
         self._require("read_refresh", 0 <= self.read_refresh < math.inf, "a finite number of at least 0")
-        for name in ("write_gate_bias", "allocation_gate_bias", "erase_gate_bias", "read_gate_bias"):
+        biases = ("write_gate_bias", "allocation_gate_bias", "erase_gate_bias", "read_gate_bias")
+        for name in ("surprise_weight", *biases):
             self._require(name, math.isfinite(getattr(self, name)), "a finite number")
         initial = self.read_strength_init
         strengths = initial if isinstance(initial, list) else [2.0 if initial is None else initial]

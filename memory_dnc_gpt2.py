@@ -318,6 +318,7 @@ class DNCMemory(nn.Module):
             self.write_key = nn.Linear(2 * hidden, address)
             self.erase = nn.Linear(2 * hidden, width)
             self.write_control = nn.Linear(2 * hidden, 3)  # write gate, allocation gate, strength of the content key
+            self.surprise_weight = nn.Parameter(torch.empty(1))
             self.read_control = nn.Linear(hidden, 2 * heads)  # strength and gate of each head
             self.read_projection = nn.Linear(heads * (width - address), hidden, bias=False)
             return
@@ -478,6 +479,8 @@ class DNCMemory(nn.Module):
             read_keys = read_keys + unit(self._per_head(self.read_token_key(embeddings)))
         control = torch.cat([previous, token], dim=-1)
         write_gate, allocation_gate, strength = self.write_control(control).unbind(-1)
+        # What the backbone foresaw from the context before need not be kept: less gate, the larger the token's logit.
+        write_gate = write_gate - self.surprise_weight * (previous * embeddings).sum(-1)
         read_strength, read_gate = self.read_control(hidden).unflatten(-1, (2, self.num_reads)).unbind(-2)
         interface = MemoryInterface(
             write_keys=unit(self.write_key(control)),
@@ -541,6 +544,7 @@ class DNCMemory(nn.Module):
             init.constant_(self.temperature, 2.0)
         if config.addressing == "lru":
             init.constant_(self.embedding_scale, 8.0)
+            init.constant_(self.surprise_weight, float(config.surprise_weight))
             addresses = [(self.write_address, self.read_key)]
             if config.address_token:
                 addresses.append((self.write_token_address, self.read_token_key))

@@ -64,6 +64,9 @@ class ModelArguments:
     address_token: bool = field(
         default=True, metadata={"help": "Address by a context's token beside its hidden state (lru)."}
     )
+    surprise_weight: float = field(
+        default=0.5, metadata={"help": "Initial weight of a token's surprise in the write gate's logit (lru)."}
+    )
     usage_decay: float = field(default=0.99, metadata={"help": "Factor that usage shrinks by at every token (lru)."})
     read_refresh: float = field(default=0.0, metadata={"help": "Share of a read that counts as use (lru)."})
     write_gate_bias: float = field(default=2.0, metadata={"help": "Initial logit of the write gate (lru)."})

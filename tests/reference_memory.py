@@ -348,7 +348,7 @@ class ReferenceMemory:
         self, hidden: list, embedding: list, previous: tuple[list, list | None] | None
     ) -> tuple[TokenInterface, list]:
         """The interface and the read gates [R]; `previous` (hidden state, embedding) is None at a document's start."""
-        (scale,) = self.parameters["embedding_scale"]
+        (scale,), (surprise_weight,) = self.parameters["embedding_scale"], self.parameters["surprise_weight"]
 
         def place(of_hidden: list, of_token: list) -> list:
             if not self.config.address_token:
@@ -362,7 +362,8 @@ class ReferenceMemory:
         if not self.config.token_shift:
             previous = hidden, embedding
         first = previous is None
-        control = [*([zero() for _ in hidden] if first else previous[0]), *token]
+        control_hidden = [zero() for _ in hidden] if first else previous[0]
+        control = [*control_hidden, *token]
         write_gate, allocation_gate, strength = self.map("write_control", control)
         address = [zero() for _ in range(self.config.address_columns)]
         if not first:
@@ -377,7 +378,9 @@ class ReferenceMemory:
             write_strengths=one_plus(strength),
             write_vectors=[*address, *self.map("write_value", token)],
             erase_vectors=[torch.sigmoid(e) for e in self.map("erase", control)],
-            write_gates=zero() if first else torch.sigmoid(write_gate),
+            write_gates=zero()
+            if first
+            else torch.sigmoid(write_gate - surprise_weight * dot(control_hidden, embedding)),
             read_keys=[place(key, token_key) for key, token_key in zip(keys, token_keys, strict=True)],
             read_strengths=[one_plus(s) for s in strengths],
             allocation_gates=torch.sigmoid(allocation_gate),

@@ -18,6 +18,7 @@ MEMORY_DEFAULTS = {
     "address_width": None,
     "token_shift": True,
     "address_token": True,
+    "surprise_weight": 0.5,
     "usage_decay": 0.99,
     "read_refresh": 0.0,
     "write_gate_bias": 2.0,
@@ -32,7 +33,7 @@ MEMORY_DEFAULTS = {
     "sharpen_links": False,
     "scan": "auto",
 }
-BIASES = ("write_gate_bias", "allocation_gate_bias", "erase_gate_bias", "read_gate_bias")
+BIASES = ("surprise_weight", "write_gate_bias", "allocation_gate_bias", "erase_gate_bias", "read_gate_bias")
 
 
 def refusal(**options) -> str:
@@ -207,6 +208,7 @@ OTHERS = {
     "address_width": 3,
     "token_shift": False,
     "address_token": False,
+    "surprise_weight": 0.25,
     "usage_decay": 0.5,
     "read_refresh": 0.25,
     "write_gate_bias": 1.0,
@@ -253,3 +255,4 @@ def test_configuration_of_a_plain_gpt2_gets_a_memory_that_starts_silent(tmp_path
     assert (config.n_embd, config.n_layer, config.n_head, config.n_positions) == (48, 2, 4, 16)
     assert config.mem_slots == 9
     assert config.initial_read_projection == "zero"
+    assert config.surprise_weight == 0

@@ -546,11 +546,22 @@ def test_no_gradient_passes_through_the_usage_of_lru():
 
 @pytest.mark.parametrize("gate_bias", [2.0, 40.0], ids=["default-gates", "open-gates"])
 def test_lru_fills_slot_after_slot_and_then_overwrites_the_oldest(gate_bias):
-    memory = make_memory(spread=0, addressing="lru", mem_slots=7, write_gate_bias=gate_bias)
+    memory = make_memory(spread=0, addressing="lru", mem_slots=7, write_gate_bias=gate_bias, surprise_weight=0)
     output = memory(*inputs(1, 15))
     assert (output.write_weights[0, 0] == 0).all()  # a document's first token has no context
     assert output.write_gates[0, 0] == 0
     assert output.write_weights[0, 1:].argmax(-1).tolist() == [*range(7), *range(7)]
+
+
+def test_write_gate_closes_for_a_token_that_the_context_before_it_foresaw():
+    memory = make_memory(spread=0, addressing="lru", surprise_weight=0.5)
+    context = torch.randn(HIDDEN, dtype=torch.float64)
+    tokens = torch.stack([-context, torch.zeros_like(context), context])  # by their logits after that context
+    hidden = context.expand(3, 2, -1)
+    gates = memory(hidden, torch.stack([torch.zeros_like(tokens), tokens], dim=1)).write_gates[:, 1]
+    logits = torch.stack([-context @ context, torch.zeros([]), context @ context])
+    assert_close(gates, torch.sigmoid(2 - 0.5 * logits))
+    assert gates[0] > gates[1] > gates[2]
 
 
 @pytest.mark.parametrize("heads", [1, 4])
@@ -558,7 +569,7 @@ def test_lru_starts_as_a_working_cache(heads):
     vocabulary, hidden_size, stored = 40, 64, 12
     sizes = {"n_embd": hidden_size, "mem_width": 64, "mem_slots": 16, "num_reads": heads}
     memory = make_memory(spread=0, addressing="lru", **sizes)
-    embedding = torch.randn(vocabulary, hidden_size, dtype=torch.float64)
+    embedding = 0.1 * torch.randn(vocabulary, hidden_size, dtype=torch.float64)
     contexts = torch.randn(stored + 1, hidden_size, dtype=torch.float64)
     tokens = torch.randperm(vocabulary)[: stored + 1]
     past = memory(contexts[None], embedding[tokens][None]).state  # stores token t under context t - 1
