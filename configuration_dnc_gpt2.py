@@ -32,7 +32,8 @@ class DNCGPT2Config(GPT2Config):
         read_refresh: share of a read that counts as use, 0 or more (`"lru"`).
         write_gate_bias, allocation_gate_bias, erase_gate_bias, read_gate_bias: initial logits of these gates (`"lru"`).
         read_strength_init: initial read strength, one number for all heads or one a head (`"lru"`). `None` means 9 for
-            one head and 4 to 32, geometrically spaced, for several: heads that start alike stay alike.
+            one head and 4 to 32, geometrically spaced, for several: heads that start alike stay alike. Beyond 64 slots
+            these grow with log(mem_slots), as the softmax has to tell a row from more others.
         read_projection_init: `"transpose"` of the write vector's projection, `"zero"` (the model then starts as its
             backbone) or `"normal"`. `None` means `"transpose"` for `"lru"` and `"normal"` otherwise.
         temporal_links: follow the order of writes when reading (`"dnc"`).
@@ -151,7 +152,9 @@ class DNCGPT2Config(GPT2Config):
             return [float(strength) for strength in self.read_strength_init * (heads // len(self.read_strength_init))]
         if self.read_strength_init is not None:
             return [float(self.read_strength_init)] * heads
-        return [4.0 * 8.0 ** (head / (heads - 1)) for head in range(heads)] if heads > 1 else [9.0]
+        strengths = [4.0 * 8.0 ** (head / (heads - 1)) for head in range(heads)] if heads > 1 else [9.0]
+        growth = max(1.0, math.log(self.mem_slots, 64))
+        return [growth * strength for strength in strengths]
 
 
 DNCGPT2Config.register_for_auto_class()

@@ -190,6 +190,13 @@ def test_read_heads_start_with_distinct_strengths():
     assert DNCGPT2Config(num_reads=2, read_strength_init=[3, 5]).initial_read_strengths == [3.0, 5.0]
 
 
+def test_read_strengths_start_higher_the_more_slots_there_are():
+    assert DNCGPT2Config(num_reads=1, mem_slots=16).initial_read_strengths == [9.0]
+    assert DNCGPT2Config(num_reads=1, mem_slots=4096).initial_read_strengths == pytest.approx([18.0])
+    assert DNCGPT2Config(num_reads=4, mem_slots=512).initial_read_strengths == pytest.approx([6, 12, 24, 48])
+    assert DNCGPT2Config(num_reads=1, mem_slots=4096, read_strength_init=7).initial_read_strengths == [7.0]
+
+
 def test_read_projection_starts_as_a_cache_only_where_rows_hold_tokens():
     starts = {addressing: DNCGPT2Config(addressing=addressing).initial_read_projection for addressing in ADDRESSINGS}
     assert starts == {"lru": "transpose", "dnc": "normal", "simplified": "normal"}
