@@ -26,8 +26,8 @@ class DNCGPT2Config(GPT2Config):
         token_shift: write the token seen now under the context that preceded it (`"lru"`).
         address_token: make addresses of a context's hidden state and of its token, not of the hidden state alone
             (`"lru"`).
-        surprise_weight: initial weight of a token's surprise, minus the logit that the backbone gave it, in the logit of
-            its write gate (`"lru"`).
+        surprise_weight: initial weight of a token's surprise, minus the logit that the backbone gave it, in its write
+            gate's logit (`"lru"`).
         usage_decay: factor in (0, 1] by which usage shrinks at every token (`"lru"`).
         read_refresh: share of a read that counts as use, 0 or more (`"lru"`).
         write_gate_bias, allocation_gate_bias, erase_gate_bias, read_gate_bias: initial logits of these gates (`"lru"`).

@@ -249,18 +249,22 @@ def test_real_text_makes_every_model_once_and_compares_it_with_gpt2(tmp_path, mo
             folder, models, differences = Path(training.output_dir), {"baseline": {"metrics": {"ppl": 100.0}}}, {}
         else:
             folder = Path(arguments[arguments.index("--output_dir") + 1])
-            models = {name: {"metrics": {"ppl": 80.0, "avg_gate": 0.5}} for name in ("dnc", "neural_cache")}
-            differences = {name: {"ppl_ratio": 0.8, "ppl_ratio_interval": [0.75, 0.85]} for name in models}
+            names = ["baseline", "dnc", *(["other"] if "--opponents" in arguments else [])]
+            models = {name: {"metrics": {"ppl": 80.0}} for name in names}
+            differences = {name: {"ppl_ratio": 0.8, "ppl_ratio_interval": [0.75, 0.85]} for name in names[1:]}
+            models["dnc"]["metrics"]["avg_gate"] = 0.5
+            differences["other"] = {"ppl_ratio": 0.9, "ppl_ratio_interval": [0.85, 0.95]}
         (folder / "comparison.json").write_text(json.dumps({"models": models, "differences": differences}))
 
     monkeypatch.setattr(real_text, "run", run)
-    output, names = tmp_path / "table.json", [*real_text.MODELS, *real_text.CACHES]
+    output, names = tmp_path / "table.json", [*real_text.MODELS, *real_text.SCORED]
     files = ["--train_file", "a.txt", "--validation_file", "b.txt", "--folder", str(tmp_path), "--output", str(output)]
     for _ in range(2):
         real_text.main([*files, "--seeds", "0", "1"])
         rows = {row["model"]: row for row in json.loads(output.read_text())["rows"]}
         assert list(rows) == names and rows["gpt2"]["ratio to GPT-2"] == 1
         assert rows["lru-64"]["ratio to GPT-2"] == 0.8
+        assert rows["cache-64"]["ratio to GPT-2"] == rows["overlapping"]["ratio to GPT-2"] == 0.9
         assert rows["lru-64"]["95 % interval of each seed"] == "0.750-0.850 0.750-0.850"
         assert calls.count("train.py") == 2 * len(real_text.MODELS)
         assert calls.count("compare.py") == 2 * (len(names) - 1)

@@ -51,18 +51,24 @@ MODELS: dict[str, dict[str, Any]] = {
     **{f"lru-{slots}": {"mem_slots": slots} for slots in (64, 256, 1024)},
     "lru-64-no-token": {"mem_slots": 64, "address_token": False},
     "lru-64-no-shift": {"mem_slots": 64, "token_shift": False},
+    "lru-64-no-surprise": {"mem_slots": 64, "surprise_weight": 0.0},
+    "lru-64-refresh": {"mem_slots": 64, "read_refresh": 0.3},
     "lru-64-open": {"mem_slots": 64, "write_gate_bias": OPEN, "allocation_gate_bias": OPEN},
     "lru-256-open": {"mem_slots": 256, "write_gate_bias": OPEN, "allocation_gate_bias": OPEN},
     "lru-64-routing": {"mem_slots": 64, "lambda_routing": 0.1},
     "lru-64-entropy": {"mem_slots": 64, "lambda_entropy": 0.05},
     "lru-64-both-terms": {"mem_slots": 64, "lambda_routing": 0.1, "lambda_entropy": 0.05},
     "lru-64-4-heads": {"mem_slots": 64, "num_reads": 4},
+    "lru-1024-strength-9": {"mem_slots": 1024, "read_strength_init": 9.0},
+    "widened": {"model": "baseline", "hidden_size": 140},  # 1,293,740 parameters; those with memory have 1,259,911
+    "long-window": {"model": "baseline", "seq_len": 256, "windows_per_example": 1},
     "dnc-64": {"mem_slots": 64, "addressing": "dnc", "address_width": None},
     "simplified-64": {"mem_slots": 64, "addressing": "simplified", "address_width": None},
 }
 """Name -> options of train.py beside those of `SETTING`; `None` leaves one of those out."""
-CACHES = {f"cache-{entries}": f"lru-{entries}" for entries in (64, 256, 1024)}
-"""Neural cache -> the model with as many slots, beside which compare.py scores it."""
+CACHES = {f"cache-{entries}": (f"lru-{entries}", "neural_cache") for entries in (64, 256, 1024)}
+SCORED = {**CACHES, "overlapping": ("lru-64", "overlapping")}
+"""Another way to score GPT-2 -> the model beside which compare.py does (a cache has its slots); its name there."""
 
 
 def command_options(options: Mapping[str, Any]) -> list[str]:
@@ -93,12 +99,12 @@ def train(name: str, seed: int, options: argparse.Namespace) -> Path:
 
 def compare(name: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
     """What compare.py says of one model beside GPT-2: metrics of both, and the paired difference."""
-    model = CACHES.get(name, name)
+    model, opponent = SCORED.get(name, (name, None))
     checkpoints = [str(train(kind, seed, options)) for kind in ("gpt2", model)]
     folder = options.folder / f"seed-{seed}" / f"{name}-beside-gpt2"
     if not (folder / "comparison.json").is_file():
         folder.mkdir(parents=True, exist_ok=True)
-        opponents = ["--opponents", "neural_cache"] if name in CACHES else []
+        opponents = ["--opponents", opponent] if opponent else []
         run("compare.py", [*checkpoints, *opponents, "--output_dir", str(folder)], folder / "log.txt")
     return json.loads((folder / "comparison.json").read_text())
 
@@ -110,13 +116,14 @@ def row(name: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
         result = json.loads((options.folder / f"seed-{seed}" / name / "comparison.json").read_text())
         return {"ppl": result["models"]["baseline"]["metrics"]["ppl"], "ratio": 1.0, "interval": None, "gate": None}
     result = compare(name, seed, options)
-    key = "neural_cache" if name in CACHES else "dnc"
+    _, *others = result["models"]
+    key = others[-1]  # after GPT-2 and, with an opponent, the model beside it
     metrics, difference = result["models"][key]["metrics"], result["differences"][key]
     return {
         "ppl": metrics["ppl"],
         "ratio": difference["ppl_ratio"],
         "interval": difference["ppl_ratio_interval"],
-        "gate": metrics["avg_gate"],
+        "gate": metrics.get("avg_gate"),
     }
 
 
@@ -124,7 +131,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--train_file", required=True, help="text to train on")
     parser.add_argument("--validation_file", required=True, help="text to score")
-    names = [*MODELS, *CACHES]
+    names = [*MODELS, *SCORED]
     parser.add_argument("--models", nargs="+", choices=names, default=names, metavar="NAME", help=" ".join(names))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--steps", type=int, default=1000)
