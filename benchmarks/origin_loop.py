@@ -21,7 +21,7 @@ from transformers import GPT2LMHeadModel, Trainer
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from timing import benchmark_parser, interleave, publish
-from training_step import SIZES, Sizes, dnc_trainer, trainer_step
+from training_step import SIZES, TERMS, Sizes, dnc_trainer, trainer_step
 
 from configuration_dnc_gpt2 import ADDRESSINGS
 from dnc_gpt2 import DNCGPT2Config
@@ -127,7 +127,7 @@ def origin_trainer(
     models = new_models(config, ["baseline", "dnc"], seed=0)
     model = OriginModel(models["baseline"], config)
     model.memory.load_state_dict(models["dnc"].transformer.memory.state_dict())
-    training = DNCTrainingArguments(output_dir=folder, disable_tqdm=True, **arguments)
+    training = DNCTrainingArguments(output_dir=folder, disable_tqdm=True, **{**TERMS, **arguments})
     trainer = OriginTrainer(model, training, train_dataset=sizes.dataset())
     trainer.model_accepts_loss_kwargs = True  # its loss is one batch's mean, never to be divided by accumulation
     return trainer

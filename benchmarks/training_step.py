@@ -68,6 +68,8 @@ SIZES = {
         2, 67, n_embd=16, n_layer=1, n_head=2, mem_width=8, mem_slots=6, num_reads=2, tokens=8, n_positions=8
     ),
 }
+TERMS = {"lambda_routing": 0.1, "lambda_entropy": 0.05}
+"""The weights of the origin's loss; with those of 0, the default, a step is cheaper."""
 TARGETS = {("origin", 1.0): 1.20, ("origin", 0.25): 1.08, ("small", 1.0): 1.35}  # by sizes and routing sample
 
 
@@ -80,10 +82,10 @@ def dnc_trainer(
         folder: output folder; nothing is written to it.
         kind: `"baseline"` or `"dnc"`.
         options: further options of the model's configuration.
-        arguments: of `DNCTrainingArguments`.
+        arguments: of `DNCTrainingArguments`, in which `TERMS` stand.
     """
     model = new_models(sizes.config(**options or {}), [kind], seed=0)[kind]
-    training = DNCTrainingArguments(output_dir=folder, disable_tqdm=True, **arguments)
+    training = DNCTrainingArguments(output_dir=folder, disable_tqdm=True, **{**TERMS, **arguments})
     trainer = DNCTrainer(model, training, sizes.dataset())
     trainer.accelerator.prepare_model(trainer.model)  # its forward pass computes in bf16 from now on, if so asked
     return trainer
@@ -111,9 +113,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--routing_sample",
         nargs="+",
         type=float,
-        default=[1.0, 0.25],
+        default=[1.0, 0.25, 0.0],
         metavar="SHARE",
-        help="shares of the targets that the routing term is computed on; default 1 and 0.25",
+        help="shares of the targets that the routing term is computed on, 0: neither term; default 1, 0.25 and 0",
     )
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
@@ -124,8 +126,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             inputs = sizes.inputs()
             trainers = {"baseline": dnc_trainer(folder, sizes, "baseline")}
             for addressing, share in itertools.product(arguments.addressings, arguments.routing_sample):
-                options = {"addressing": addressing}
-                trainers[addressing, share] = dnc_trainer(folder, sizes, "dnc", options, routing_sample=share)
+                terms = {"routing_sample": share} if share else dict.fromkeys(TERMS, 0.0)
+                trainers[addressing, share] = dnc_trainer(folder, sizes, "dnc", {"addressing": addressing}, **terms)
             steps = {key: trainer_step(trainer, inputs) for key, trainer in trainers.items()}
             times = interleave(steps, arguments.repeats)
             baseline = times.pop("baseline")

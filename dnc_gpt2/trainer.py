@@ -29,8 +29,8 @@ class DNCTrainingArguments(TrainingArguments):
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Replace the run that the output directory already holds."}
     )
-    lambda_routing: float = field(default=0.1, metadata={"help": "Weight of the routing term."})
-    lambda_entropy: float = field(default=0.05, metadata={"help": "Weight of the write entropy term."})
+    lambda_routing: float = field(default=0.0, metadata={"help": "Weight of the routing term."})
+    lambda_entropy: float = field(default=0.0, metadata={"help": "Weight of the write entropy term."})
     routing_sample: float = field(
         default=1.0,
         metadata={"help": "Share of the scored tokens, evenly spaced, that the routing term is estimated from."},
@@ -206,7 +206,8 @@ class DNCTrainer(Trainer):
         self._sums["write_gate"] += gates.detach().sum()
         # "simplified" write weights do not contain the gate.
         share = scored if addressing == "simplified" else gates.detach()
-        entropy = (share * write_entropy(outputs.write_weights)).sum()
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.args.lambda_entropy > 0):
+            entropy = (share * write_entropy(outputs.write_weights)).sum()
         self._sums["entropy_loss"] += entropy.detach()
         total = self.args.lambda_entropy * entropy
         if self.args.lambda_routing > 0:

@@ -53,12 +53,12 @@ def test_command_line_over_yaml_over_defaults(preset):
     assert parse(ALL, ["--hidden_size", "64", f"--config={config}"])[0].hidden_size == 64
 
 
-def test_the_origins_flags_and_defaults():
+def test_the_origins_flags_with_its_sizes_and_without_its_loss_terms():
     model, data, training = parse(ALL, [])
     assert (model.hidden_size, model.num_layers, model.num_heads) == (768, 6, 8)
     assert (model.mem_slots, model.mem_width, model.num_reads) == (64, 128, 4)
     assert (model.addressing, data.seq_len) == ("lru", 128)
-    assert (training.lambda_routing, training.lambda_entropy) == (0.1, 0.05)
+    assert (training.lambda_routing, training.lambda_entropy) == (0, 0)
     assert training.output_dir is None and not training.overwrite_output_dir
 
 

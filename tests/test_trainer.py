@@ -362,7 +362,8 @@ def test_evaluation_equals_a_naive_computation_over_the_whole_text(models, kind,
     metrics = result.metrics(dataset.text.num_bytes, dataset.text.num_words)
     assert metrics.pop("tokens_per_second") > 0
     assert set(metrics) == {*LANGUAGE_MODEL_METRICS, *(MEMORY_METRICS if kind == "dnc" else ())}
-    assert metrics == pytest.approx(naive_metrics(model, dataset, streams), rel=1e-4)
+    # In float32 a KL divergence, the difference of like numbers, is known to some 1e-7.
+    assert metrics == pytest.approx(naive_metrics(model, dataset, streams), rel=1e-4, abs=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["baseline", "dnc"])

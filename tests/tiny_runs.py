@@ -53,6 +53,8 @@ def tiny_options(folder: Path, **options) -> dict:
         "eval_strategy": "steps",
         "eval_steps": 2,
         "learning_rate": 0.01,
+        "lambda_routing": 0.1,
+        "lambda_entropy": 0.05,
         "use_cpu": True,
         "seed": 5,
     }
