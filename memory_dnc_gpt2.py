@@ -289,6 +289,7 @@ class MemoryOutput(NamedTuple):
     write_gates: Tensor  # [B, T]
     write_weights: Tensor  # [B, T, N]
     read_weights: Tensor  # [B, T, R, N]
+    read_strengths: Tensor  # [B, T, R], of the content addressing
     state: MemoryState
 
 
@@ -424,7 +425,9 @@ class DNCMemory(nn.Module):
             reads = reads * read_gates[..., None]
         read_hidden = self.read_projection(reads.flatten(2).to(hidden_states.dtype))
         write_gates = interface.write_gates if mask is None else interface.write_gates * mask
-        return MemoryOutput(read_hidden, write_gates, output.write_weights, output.read_weights, state)
+        return MemoryOutput(
+            read_hidden, write_gates, output.write_weights, output.read_weights, interface.read_strengths, state
+        )
 
     def _previous(
         self, now: Tensor, state: MemoryState, mask: Tensor | None, reset: Tensor | None

@@ -51,7 +51,8 @@ class DNCGPT2ModelOutput(ModelOutput):
         past_key_values: `DNCGPT2Cache` with `use_cache`.
         hidden_states, attentions: as GPT-2's; the last of `hidden_states` is `last_hidden_state`.
         memory_state: `MemoryState` after the last token.
-        write_gates [B, T], write_weights [B, T, N], read_weights [B, T, R, N]: with `output_memory`.
+        write_gates [B, T], write_weights [B, T, N], read_weights [B, T, R, N], read_strengths [B, T, R]: with
+            `output_memory`.
     """
 
     last_hidden_state: Tensor | None = None
@@ -63,6 +64,7 @@ class DNCGPT2ModelOutput(ModelOutput):
     write_gates: Tensor | None = None
     write_weights: Tensor | None = None
     read_weights: Tensor | None = None
+    read_strengths: Tensor | None = None
 
 
 @dataclass
@@ -90,6 +92,7 @@ class DNCGPT2CausalLMOutput(ModelOutput):
     write_gates: Tensor | None = None
     write_weights: Tensor | None = None
     read_weights: Tensor | None = None
+    read_strengths: Tensor | None = None
 
 
 class DNCGPT2PreTrainedModel(GPT2PreTrainedModel):
@@ -271,6 +274,7 @@ class DNCGPT2Model(DNCGPT2PreTrainedModel, GPT2Model):
             write_gates=memory.write_gates if output_memory else None,
             write_weights=memory.write_weights if output_memory else None,
             read_weights=memory.read_weights if output_memory else None,
+            read_strengths=memory.read_strengths if output_memory else None,
         )
 
     def _needs_mask_of_pairs(self, cache, mask: Tensor | None, position_ids: Tensor | None, tokens: int) -> bool:
@@ -295,7 +299,7 @@ class DNCGPT2Model(DNCGPT2PreTrainedModel, GPT2Model):
             return tuple(torch.cat(layer, dim=1) for layer in zip(*parts, strict=True))
 
         along_tokens = ("last_hidden_state", "base_hidden_state", "hidden_states")
-        along_tokens += ("write_gates", "write_weights", "read_weights")
+        along_tokens += ("write_gates", "write_weights", "read_weights", "read_strengths")
         last = {name: getattr(outputs[-1], name) for name in ("past_key_values", "memory_state")}
         return DNCGPT2ModelOutput(**last, **{name: joined(name) for name in along_tokens})
 
@@ -679,6 +683,7 @@ class DNCGPT2LMHeadModel(DNCGPT2PreTrainedModel, GenerationMixin):
             write_gates=outputs.write_gates,
             write_weights=outputs.write_weights,
             read_weights=outputs.read_weights,
+            read_strengths=outputs.read_strengths,
         )
 
     def _expand_inputs_for_generation(self, expand_size: int = 1, *args, **kwargs) -> tuple[Tensor, dict[str, Any]]:

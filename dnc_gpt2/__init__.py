@@ -18,6 +18,8 @@ from heads_dnc_gpt2 import (
 from memory_dnc_gpt2 import DNCMemory, MemoryState
 from modeling_dnc_gpt2 import DNCGPT2LMHeadModel, DNCGPT2Model
 
+from .inspection import Inspection, inspect
+
 AutoConfig.register("dnc_gpt2", DNCGPT2Config)
 AutoModel.register(DNCGPT2Config, DNCGPT2Model)
 AutoModelForCausalLM.register(DNCGPT2Config, DNCGPT2LMHeadModel)
@@ -35,5 +37,7 @@ __all__ = [
     "DNCGPT2LMHeadModel",
     "DNCGPT2Model",
     "DNCMemory",
+    "Inspection",
     "MemoryState",
+    "inspect",
 ]

@@ -74,9 +74,7 @@ class Exam:
         lengths = [len(ids) + 1 for ids in encoded["input_ids"]]  # an end-of-text token follows each
         starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
         located = locate(corpus.questions, encoded["offset_mapping"], starts)
-        examples = np.arange(len(text.tokens)) // dataset.example_length
-        streams = examples // (dataset.stream_length or 1)  # without carried memory every example starts empty
-        return cls([q for q in located if q.answer_end <= len(text.tokens)], streams)
+        return cls([q for q in located if q.answer_end <= len(text.tokens)], dataset.memory_runs)
 
     def _windows(self, window: int) -> np.ndarray:
         return np.arange(len(self.streams)) // window

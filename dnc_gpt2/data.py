@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
@@ -664,6 +665,14 @@ class ExampleDataset(torch.utils.data.Dataset):
     def num_targets(self) -> int:
         """N - 1."""
         return len(self.text.tokens) - 1
+
+    @property
+    def memory_runs(self) -> np.ndarray:
+        """[N] which run of the memory reads each token in evaluation, 0, 1, ...: each begins with an empty memory."""
+        starts = np.arange(len(self.text.tokens)) % (self.example_length * (self.stream_length or 1)) == 0
+        if self.reset_at_documents:
+            starts = starts | self.text.document_starts.numpy()
+        return starts.cumsum() - 1
 
     def __len__(self) -> int:
         return math.ceil(self.num_targets / self.example_length)

@@ -90,6 +90,26 @@ def paired_bootstrap(
     return mean, (float(low), float(high))
 
 
+def clustered_interval(values: np.ndarray, of_target: np.ndarray) -> list[float] | None:
+    """95 % interval of the mean of one number a target, from the spread between units: for many means at once.
+
+    The usual linearised variance of a ratio of sums over independent units; see `paired_bootstrap` for the arguments,
+    but here units may be missing.
+
+    Returns:
+        `[low, high]`, or `None` where there is a single unit or a value is not finite.
+    """
+    values = np.asarray(values, dtype=np.float64)
+    _, of_target = np.unique(of_target, return_inverse=True)
+    sums, counts = np.bincount(of_target, values), np.bincount(of_target)
+    units = len(counts)
+    if units < 2 or not np.isfinite(values).all():
+        return None
+    mean = sums.sum() / counts.sum()
+    error = math.sqrt(units / (units - 1) * np.square(sums - mean * counts).sum()) / counts.sum()
+    return [float(mean - 1.96 * error), float(mean + 1.96 * error)]
+
+
 def paired_difference(nll: np.ndarray, reference_nll: np.ndarray, units: Units) -> dict[str, Any]:
     """How a model's loss differs from the reference's on the same targets, as comparison.json holds it.
 

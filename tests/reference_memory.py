@@ -397,7 +397,7 @@ class ReferenceMemory:
         config, outputs = self.config, []
         for t, real in enumerate(mask):
             if not real:
-                outputs.append((None, None, None, None))
+                outputs.append((None,) * 5)
                 continue
             if reset[t]:
                 s = s.empty()
@@ -413,7 +413,7 @@ class ReferenceMemory:
                     [value * gate for value in read_vector] for read_vector, gate in zip(reads, gates, strict=True)
                 ]
             added = self.map("read_projection", [value for read_vector in reads for value in read_vector])
-            outputs.append((added, x.write_gates, s.write_weights, s.read_weights))
+            outputs.append((added, x.write_gates, s.write_weights, s.read_weights, x.read_strengths))
             s.previous_hidden, s.started = hidden[t], True
             if s.previous_embedding is not None:
                 s.previous_embedding = embeddings[t]

@@ -211,7 +211,7 @@ def test_memory_equals_the_reference_on_outputs_state_and_gradients(options, rag
     real = torch.ones(2, 5, dtype=torch.bool) if mask is None else mask
     actual, expected = [], []
     for b, row in enumerate(rows):
-        for name in ("hidden_states", "write_gates", "write_weights", "read_weights"):
+        for name in ("hidden_states", "write_gates", "write_weights", "read_weights", "read_strengths"):
             found = getattr(output, name)[b][real[b]]
             assert_close(found, getattr(row, name), f"{name} of row {b}")
             actual.append(found)

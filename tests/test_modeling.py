@@ -313,10 +313,13 @@ def test_output_memory_gives_gates_and_weights(tiny_model, addressing):
     assert out.read_weights.shape == (2, 20, heads, slots)
     for x in (out.write_gates, out.write_weights, out.read_weights):
         assert (x >= 0).all() and (x <= 1).all()
+    assert out.read_strengths.shape == (2, 20, heads)
+    assert (out.read_strengths >= (0 if addressing == "simplified" else 1)).all()
     assert torch.equal(out.write_weights[:, -1], out.memory_state.write_weights)
     assert torch.equal(out.read_weights[:, -1], out.memory_state.read_weights)
     silent_out = model(tokens)
-    assert silent_out.write_gates is None and silent_out.write_weights is None and silent_out.read_weights is None
+    for name in ("write_gates", "write_weights", "read_weights", "read_strengths"):
+        assert getattr(silent_out, name) is None
 
 
 @every_addressing
