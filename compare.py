@@ -27,6 +27,9 @@ class CompareArguments:
     """Options of the comparison itself."""
 
     output_dir: str = field(default="runs/comparison", metadata={"help": "Folder for the results."})
+    report: str | None = field(
+        default=None, metadata={"help": "File for an HTML page with all of it, such as report.html."}
+    )
     reference: str | None = field(
         default=None, metadata={"help": "Checkpoint that changes are measured against; by default the first."}
     )
@@ -62,6 +65,13 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     results = Path(options.output_dir) / "comparison.json"
     if results.exists() and not options.overwrite_output_dir:
         sys.exit(f"compare.py: {results} already exists; choose another --output_dir or add --overwrite_output_dir.")
+    if options.report is not None:
+        if Path(options.report).is_dir() or Path(options.report).suffix.lower() not in (".html", ".htm"):
+            sys.exit(f"compare.py: --report {options.report} is no HTML file; name one, such as report.html.")
+        if Path(options.report).exists() and not options.overwrite_output_dir:
+            sys.exit(
+                f"compare.py: {options.report} already exists; choose another --report or add --overwrite_output_dir."
+            )
     if Path(options.output_dir).is_file():
         sys.exit(f"compare.py: {options.output_dir} is a file; choose another --output_dir.")
     checkpoints = named(lists.checkpoints)
@@ -80,6 +90,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         batch_size=options.batch_size,
         seed=run["seed"] if run else None,
         inspect=lists.inspect,
+        report=options.report,
         trust_remote_code=options.trust_remote_code,
         progress=not quiet,
     )

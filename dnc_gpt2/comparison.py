@@ -1,6 +1,7 @@
 """Side-by-side evaluation of saved checkpoints and all that is written about it."""
 
 import logging
+import os
 import platform
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -9,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from accelerate import Accelerator
 from transformers import AutoConfig, GPT2Config, PreTrainedModel, PreTrainedTokenizerBase, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
@@ -20,14 +20,20 @@ from . import plots, report
 from .corpus import Corpus, Exam, load_corpus
 from .data import DataArguments, ExampleDataset, TokenizedText, load_tokenizer, split_end, tokenize_texts
 from .evaluation import Runner, evaluate
+from .html_report import write_html_report
+from .inspection import Inspection, inspect, inspect_tokens
 from .metrics import MEMORY_METRICS
 from .models import count_parameters, has_memory, load_model, require_checkpoint, window_size
 from .opponents import TUNING_TOKENS, NeuralCache, NeuralCacheRunner, OverlappingRunner, tune_neural_cache
+from .profiles import Profile, distances, positions
 from .statistics import RESAMPLES, paired_difference, resampling_units
 
 logger = logging.getLogger(__name__)
 
 EINSTEIN = "Albert Einstein was born in 1879"
+EXCERPT = "The beginning of the validation text"
+EXCERPT_WINDOWS = 8
+MOST_EXCERPT_TOKENS = 512
 
 
 def versions() -> dict[str, str]:
@@ -49,9 +55,11 @@ class Comparison:
         batch_size: examples at a time where no memory is carried.
         seed: of the training, for the record.
         inspect: texts whose memory writes are recorded, beside `EINSTEIN`.
+        report: file of the HTML report; `None` writes none.
 
     Attributes:
         result: the comparison so far, as in comparison.json; every process has it, the main one writes.
+        inspections: model -> text -> what its memory does with it.
     """
 
     def __init__(
@@ -65,21 +73,25 @@ class Comparison:
         batch_size: int = 8,
         seed: int | None = None,
         inspect: Sequence[str] = (),
+        report: str | os.PathLike | None = None,
         trust_remote_code: bool = False,
         progress: bool = True,
     ):
         self.tokenizer, self.data, self.output_dir = tokenizer, data, output_dir
-        self.accelerator, self.batch_size, self.inspect = accelerator, batch_size, inspect
+        self.accelerator, self.batch_size, self.inspect, self.report = accelerator, batch_size, inspect, report
         self.trust_remote_code, self.progress = trust_remote_code, progress
         self.text = tokenize_texts(corpus.texts["validation"], tokenizer, "validation", data.max_eval_tokens)
         self.dataset = evaluation_dataset(self.text, data)
         self.exam = Exam.of(corpus, self.dataset, tokenizer) if corpus.questions else None
         self.units = resampling_units(self.text.document_starts.numpy())
         self.reference_nll: np.ndarray | None = None
+        self.profiles: dict[str, Profile] = {}
+        self.inspections: dict[str, dict[str, Inspection]] = {}
         self.result: dict[str, Any] = {
             "models": {},
             "delta_percent": {},
             "differences": {},
+            "profiles": {},
             "data": {
                 **corpus.description,
                 "scored_tokens": self.dataset.num_targets,
@@ -105,10 +117,16 @@ class Comparison:
         model = self._load(path)
         self._evaluate(name, path, model)
         if has_memory(model):
+            texts = dict.fromkeys((EINSTEIN, *self.inspect))
+            inspections = {text: inspect(model, self.tokenizer, text) for text in texts}
             self.result["memory_writes"][name] = {
-                sentence: report.write_inspection_records(inspect_writes(model, self.tokenizer, sentence))
-                for sentence in dict.fromkeys((EINSTEIN, *self.inspect))
+                text: report.write_inspection_records(list(zip(found.tokens, found.write_gates, strict=True)))
+                for text, found in inspections.items()
             }
+            if self.report:
+                length = min(MOST_EXCERPT_TOKENS, EXCERPT_WINDOWS * model.config.n_positions)
+                excerpt = inspect_tokens(model, self.tokenizer, self.text.tokens[:length])
+                self.inspections[name] = {EXCERPT: excerpt, **inspections}
         self._write()
 
     def add_scored(self, opponent: str, path: str, entries: int) -> None:
@@ -129,9 +147,11 @@ class Comparison:
         self._write()
 
     def finish(self) -> dict[str, Any]:
-        """Draw the figures; returns the comparison."""
+        """Draw the figures and the HTML report; returns the comparison."""
         if self.accelerator.is_main_process:
             write_figures(self.result, self.output_dir)
+            if self.report:
+                write_html_report(self.result, self.report, histories(self.result), self.inspections)
         self.accelerator.wait_for_everyone()
         return self.result
 
@@ -174,6 +194,12 @@ class Comparison:
         metrics |= self.exam.recall(result.columns["rank"], first) if self.exam else {}
         models[name] = {"path": str(path), "parameters": count_parameters(model), "window": window, "metrics": metrics}
         models[name] |= {"scoring": dict(details)} if details else {}
+        if not self.profiles:
+            groups = {"position": positions(self.dataset.num_targets, first), "distance": distances(self.dataset)}
+            self.profiles = {name: Profile(group, self.units) for name, group in groups.items()}
+            self.result["profiles"] = {name: profile.result for name, profile in self.profiles.items()}
+        for profile in self.profiles.values():
+            profile.add(name, result.columns["nll"], self.reference_nll)
         if self.reference_nll is None:
             self.reference_nll = result.columns["nll"]
             self.result["data"] |= self.exam.guessing(first) if self.exam else {}
@@ -295,22 +321,6 @@ def evaluation_dataset(text: TokenizedText, data: DataArguments) -> ExampleDatas
     )
 
 
-@torch.no_grad()
-def inspect_writes(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str) -> list[tuple[str, float]]:
-    """Each token of `text`, as text, and how far the write gate opens for it.
-
-    Raises:
-        ValueError: the text has no token.
-    """
-    ids = _ids(tokenizer, text)
-    if not ids:
-        raise ValueError("The text to inspect is empty: give --inspect a text with at least one token.")
-    device = next(model.parameters()).device
-    gates = model.eval()(torch.tensor([ids], device=device), output_memory=True, use_cache=False).write_gates[0]
-    tokens = [tokenizer.decode([token], clean_up_tokenization_spaces=False) for token in ids]
-    return list(zip(tokens, gates.tolist(), strict=True))
-
-
 def histories(comparison: Mapping[str, Any]) -> dict[str, list[dict[str, float]]]:
     """Training history of each compared checkpoint that has one beside it."""
     found = {}
@@ -325,7 +335,9 @@ def write_figures(comparison: Mapping[str, Any], output_dir: str) -> None:
     """Draw the figures that the comparison has data for."""
     folder = Path(output_dir)
     if curves := histories(comparison):
-        plots.training_curves(curves, folder / "training_curves.png")
+        plots.training_curves(curves, folder / "training_curves.png", report.provenance(comparison))
+    for name in comparison["profiles"]:
+        plots.loss_profile(comparison, name, folder / f"loss_by_{name}.png")
     if any(report.recall_of(model) for model in comparison["models"].values()):
         plots.recall_by_distance(comparison, folder / "recall_by_distance.png")
 

@@ -4,12 +4,14 @@ A comparison is the dictionary stored in `comparison.json`:
 
     {"models": {"baseline": {"path": str, "parameters": int, "metrics": {"ppl": float, ...}}, "dnc": {...}},
      "delta_percent": {"dnc": {"ppl": float or None, ...}}, "data": {...}, "seed": int, "versions": {...},
-     "differences": {"dnc": {"loss": float, "loss_interval": [low, high] or None, "ppl_ratio": float, ...}}}
+     "differences": {"dnc": {"loss": float, "loss_interval": [low, high] or None, "ppl_ratio": float, ...}},
+     "profiles": {"position": {...}, "distance": {...}}}
 
-The first model is the reference; the differences to it are those of `dnc_gpt2.statistics.paired_difference`. `None`
-(JSON null) means that a metric does not exist for a model. A number that is not finite is a result and must not look
-like a missing one, but JSON has no such numbers: it is stored as one of the strings "NaN", "Infinity" and "-Infinity",
-which `float` reads back. Everything here takes either form.
+The first model is the reference; the differences to it are those of `dnc_gpt2.statistics.paired_difference`, the
+profiles those of `dnc_gpt2.profiles`. Only `models` has to be there. `None` (JSON null) means that a metric does not
+exist for a model. A number that is not finite is a result and must not look like a missing one, but JSON has no such
+numbers: it is stored as one of the strings "NaN", "Infinity" and "-Infinity", which `float` reads back. Everything here
+takes either form.
 """
 
 import json
@@ -37,6 +39,14 @@ MODEL_NAMES = {
     "dnc_addressing": "GPT2 + Graves DNC",
 }
 """Names shown for the models of a training run; other keys are shown as they are."""
+
+DIFFERENCE_NOTE = (
+    "Mean difference of the loss in nats a token on the same targets, and its exponential, the ratio of the "
+    "perplexities. Percentile intervals of a paired bootstrap over documents, or over contiguous blocks of a text "
+    "of few: see `bootstrap` below. They tell how far other text would give another result, not another training."
+)
+
+MODEL_HEADER = ["Model", "Path", "Parameters", "Scored with"]
 
 BAR_WIDTH = 30
 """Blocks of a write gate of 1."""
@@ -80,6 +90,56 @@ def recall_of(model: Mapping[str, Any]) -> dict[float, float]:
     return dict(sorted((float(distance), float(value)) for distance, value in recall.items() if value is not None))
 
 
+def judged_model(comparison: Mapping[str, Any]) -> str | None:
+    """The model that a comparison is about: the first after the reference that has a memory, or else the first after.
+
+    `None` where there is no paired difference to judge a model by.
+    """
+    models = comparison["models"]
+    others = [name for name in models if name in (comparison.get("differences") or {})]
+    return next((name for name in others if has_memory_metrics(models[name])), others[0] if others else None)
+
+
+def verdict(comparison: Mapping[str, Any], model: str | None = None) -> str:
+    """What the comparison says of a model's perplexity against the first model's, in one sentence with its interval.
+
+    Args:
+        model: the model to judge, by default `judged_model`.
+    """
+    models = comparison["models"]
+    reference, *_ = _require_models(models)
+    differences = comparison.get("differences") or {}
+    name = model or judged_model(comparison)
+    if name is None:
+        value = _format(_value(models[reference], "ppl"), ".2f")
+        return f"{display_name(reference)} has a perplexity of {value}; there is no paired difference to judge it by."
+    this, that = display_name(name), f"{display_name(reference)}'s"
+    ratio, ends = float(differences[name]["ppl_ratio"]), differences[name]["ppl_ratio_interval"]
+    if not math.isfinite(ratio):
+        return f"{this} cannot be compared with {display_name(reference)}: a loss is not finite."
+    found = f"{this} has a perplexity {_lower_or_higher(ratio)} than {that}"
+    if ends is None:
+        return f"{found}; how sure that is cannot be told, for want of independent text."
+    ends = [float(end) for end in ends]
+    method = (comparison.get("data") or {}).get("bootstrap")
+    method = f"; {method}" if method else ""
+    if ends[0] <= 1 <= ends[1]:
+        spread = f"the 95 % interval reaches from {_lower_or_higher(ends[0])} to {_lower_or_higher(ends[1])}"
+        return f"No difference is shown: {found}, but {spread}{method}."
+    low, high = sorted(abs(100 * (end - 1)) for end in ends)
+    interval = f"95 % interval {_percent(low)} to {_percent(high)} %{method}"
+    if has_memory_metrics(models[name]) and not has_memory_metrics(models[reference]):
+        judged = "The memory helps" if ratio < 1 else "The memory hurts"
+    else:
+        judged = f"{this} is better" if ratio < 1 else f"{this} is worse"
+    return f"{judged}: {found} ({interval})."
+
+
+def has_memory_metrics(model: Mapping[str, Any]) -> bool:
+    """Whether a model of a comparison has a memory."""
+    return _value(model, "avg_gate") is not None
+
+
 def comparison_table(comparison: Mapping[str, Any]) -> str:
     """The table for a terminal: a column a model, and for each model after the first its change, a tick or a cross.
 
@@ -88,7 +148,7 @@ def comparison_table(comparison: Mapping[str, Any]) -> str:
     """
     models = comparison["models"]
     names = [display_name(model) for model in _require_models(models)]
-    table = [["Metric", *names, *_delta_headings(models)], *_table_rows(comparison)]
+    table = metric_rows(comparison)
     if len(names) > MOST_WITH_CHANGES:
         table = [row[: 1 + len(names)] for row in table]
     columns = []
@@ -104,10 +164,9 @@ def comparison_table(comparison: Mapping[str, Any]) -> str:
 
 def difference_lines(comparison: Mapping[str, Any]) -> list[str]:
     """For a terminal, a line a model: the paired difference of its loss to the first model's, with its interval."""
-    rows = _difference_rows(comparison)
-    if not rows:
+    table = difference_rows(comparison)
+    if not table:
         return []
-    table = [[_difference_heading(comparison), "Loss", "95 % interval", "Perplexity", "95 % interval"], *rows]
     columns = []
     for index, column in enumerate(zip(*table, strict=True)):
         width = max(map(display_width, column))
@@ -119,15 +178,49 @@ def comparison_markdown(comparison: Mapping[str, Any]) -> str:
     """The comparison as a Markdown page: metrics, how it was evaluated, models, versions."""
     models = comparison["models"]
     names = [display_name(model) for model in _require_models(models)]
-    deltas = _delta_headings(models)
-    alignment = ["---", *["---:"] * len(names), *["---"] * len(deltas)]
+    header, *rows = metric_rows(comparison)
+    alignment = ["---", *["---:"] * len(names), *["---"] * (len(names) - 1)]
+    parts = [
+        f"# {_escape(' vs '.join(names))}",
+        verdict(comparison),
+        _markdown_table(header, rows, alignment),
+        *_difference_sections(comparison),
+        "## How it was evaluated",
+        " ".join(evaluation_notes(comparison)),
+        _settings_table(evaluation_settings(comparison)),
+        "## Models",
+        _markdown_table(MODEL_HEADER, model_rows(comparison), ["---", "---", "---:", "---"]),
+    ]
+    if comparison.get("versions"):
+        parts += ["## Versions", _settings_table(_flat(comparison["versions"]))]
+    return "\n\n".join(parts) + "\n"
+
+
+def metric_rows(comparison: Mapping[str, Any]) -> list[list[str]]:
+    """The table of metrics as text: its header, then a row a metric, values before changes."""
+    models = comparison["models"]
+    names = [display_name(model) for model in _require_models(models)]
+    return [["Metric", *names, *_delta_headings(models)], *_table_rows(comparison)]
+
+
+def difference_rows(comparison: Mapping[str, Any]) -> list[list[str]]:
+    """The table of paired differences as text: its header, then a row a model; empty where there is no difference."""
+    rows = _difference_rows(comparison)
+    header = [_difference_heading(comparison), "Loss", "95 % interval", "Perplexity", "95 % interval"]
+    return [header, *rows] if rows else []
+
+
+def evaluation_notes(comparison: Mapping[str, Any]) -> list[str]:
+    """Sentences on what the metrics are."""
+    models = comparison["models"]
+    names = [display_name(model) for model in models]
     notes = [
         "Every metric is an average over all scored tokens of the split, not over batches. Perplexity is exp of the "
         "mean loss. Padding is never scored. All models predict the same targets.",
         f"Write Rate is the fraction of tokens whose write gate is above {OPEN_GATE}.",
         f"{_MISSING} means that a model has no such metric.",
     ]
-    if deltas:
+    if len(names) > 1:
         notes.append(f"Changes are in percent of {_escape(names[0])}.")
     if any(map(recall_of, models.values())):
         notes.append(
@@ -135,29 +228,34 @@ def comparison_markdown(comparison: Mapping[str, Any]) -> str:
             "windows, those of the first model, between an answer and its fact; guessing always names the most "
             "frequent candidate."
         )
-    settings = {**_flat(comparison.get("data") or {}), "seed": str(comparison.get("seed", _MISSING))}
-    descriptions = [
+    return notes
+
+
+def evaluation_settings(comparison: Mapping[str, Any]) -> dict[str, str]:
+    """What was evaluated on, and the seed: name -> value as text."""
+    seed = comparison.get("seed")
+    settings = {**_flat(comparison.get("data") or {}), "seed": _MISSING if seed is None else str(seed)}
+    return {name: _setting(value) for name, value in settings.items()}
+
+
+def provenance(comparison: Mapping[str, Any]) -> dict[str, str]:
+    """Seed and versions of a comparison, name -> text, for what carries such metadata."""
+    seed = comparison.get("seed")
+    known = {} if seed is None else {"seed": str(seed)}
+    return known | {f"version of {name}": str(text) for name, text in (comparison.get("versions") or {}).items()}
+
+
+def model_rows(comparison: Mapping[str, Any]) -> list[list[str]]:
+    """A row a model: name, path, parameters, how it was scored."""
+    return [
         [
             display_name(key),
             str(model.get("path", _MISSING)),
             _format(_value(model, "parameters"), ",.0f"),
             ", ".join(f"{name} {_setting(value)}" for name, value in (model.get("scoring") or {}).items()),
         ]
-        for key, model in models.items()
+        for key, model in comparison["models"].items()
     ]
-    parts = [
-        f"# {_escape(' vs '.join(names))}",
-        _markdown_table(["Metric", *names, *deltas], _table_rows(comparison), alignment),
-        *_difference_sections(comparison),
-        "## How it was evaluated",
-        " ".join(notes),
-        _settings_table(settings),
-        "## Models",
-        _markdown_table(["Model", "Path", "Parameters", "Scored with"], descriptions, ["---", "---", "---:", "---"]),
-    ]
-    if comparison.get("versions"):
-        parts += ["## Versions", _settings_table(_flat(comparison["versions"]))]
-    return "\n\n".join(parts) + "\n"
 
 
 def write_comparison(comparison: Mapping[str, Any], folder: str | os.PathLike) -> None:
@@ -291,20 +389,23 @@ def _difference_rows(comparison: Mapping[str, Any]) -> list[list[str]]:
 
 
 def _difference_sections(comparison: Mapping[str, Any]) -> list[str]:
-    rows = _difference_rows(comparison)
-    if not rows:
+    table = difference_rows(comparison)
+    if not table:
         return []
-    header = [_difference_heading(comparison), "Loss", "95 % interval", "Perplexity", "95 % interval"]
-    note = (
-        "Mean difference of the loss in nats a token on the same targets, and its exponential, the ratio of the "
-        "perplexities. Percentile intervals of a paired bootstrap over documents, or over contiguous blocks of a text "
-        "of few: see `bootstrap` below. They tell how far other text would give another result, not another training."
-    )
-    return ["## Paired differences", _markdown_table(header, rows, ["---", *["---:"] * 4]), note]
+    header, *rows = table
+    return ["## Paired differences", _markdown_table(header, rows, ["---", *["---:"] * 4]), DIFFERENCE_NOTE]
 
 
 def _interval(ends: Sequence[float] | None, spec: str) -> str:
     return _MISSING if ends is None else f"[{', '.join(_format(float(end), spec) for end in ends)}]"
+
+
+def _lower_or_higher(ratio: float) -> str:
+    return f"{_percent(abs(100 * (ratio - 1)))} % {'lower' if ratio < 1 else 'higher'}"
+
+
+def _percent(value: float) -> str:
+    return f"{value:,.1f}" if value >= 0.1 or value == 0 else f"{value:.1g}"
 
 
 def _format(value: float | None, spec: str) -> str:

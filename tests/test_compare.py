@@ -1,11 +1,13 @@
 """compare.py: the same numbers as train.py's, for any saved GPT-2 with or without memory."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from tiny_runs import command_line, tiny_options, tiny_run, write_text
@@ -13,7 +15,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import compare
 from dnc_gpt2 import comparison as comparison_module
-from dnc_gpt2.comparison import EINSTEIN
+from dnc_gpt2.comparison import EINSTEIN, EXCERPT
 from dnc_gpt2.data import load_tokenizer, train_tokenizer
 from dnc_gpt2.options import one_line_errors
 
@@ -75,12 +77,37 @@ def test_checkpoints_of_a_run_give_its_numbers_without_any_option(folder, checkp
     written = json.loads((tmp_path / "out" / "comparison.json").read_text())
     assert written["models"] == again["models"]
     # The same files as a run's, and the same table.
-    names = {"comparison.json", "comparison.md", "training_curves.png"}
+    names = {"comparison.json", "comparison.md", "training_curves.png", "loss_by_distance.png", "loss_by_position.png"}
     assert {path.name for path in (tmp_path / "out").iterdir()} == names
     shown = capsys.readouterr().out
     assert "FINAL COMPARISON — GPT2 Baseline vs GPT2 + DNC" in shown
     assert f"Memory writes of GPT2 + DNC: {EINSTEIN}" in shown
     assert shown.endswith(f"Everything is in {tmp_path / 'out'}/\n")
+
+
+def test_a_report_is_written_where_it_is_asked_for(folder, checkpoints, tmp_path):
+    path = tmp_path / "new" / "page.html"
+    result = run_compare(checkpoints, tmp_path / "out", report=path, inspect=["old <b>king</b>"])
+    page = path.read_text(encoding="utf-8")
+    data = json.loads(re.search(r'<script id="data" type="application/json">(.*?)</script>', page, re.S)[1])
+    assert [x["title"] for x in data["inspections"]] == [EXCERPT, EINSTEIN, "old <b>king</b>"]
+    assert len(data["inspections"][0]["tokens"]) == 8 * 8  # windows of 8
+    profiles = result["profiles"]
+    assert (
+        sum(profiles["distance"]["targets"]) == sum(profiles["position"]["targets"]) == result["data"]["scored_tokens"]
+    )
+    for profile in profiles.values():
+        for name, model in result["models"].items():
+            assert np.average(profile["loss"][name], weights=profile["targets"]) == pytest.approx(
+                model["metrics"]["loss"]
+            )
+        mean = np.average(profile["gain"]["dnc"], weights=profile["targets"])
+        assert mean == pytest.approx(-result["differences"]["dnc"]["loss"])
+    before = path.read_bytes()
+    refused([*checkpoints, "--output_dir", str(tmp_path / "other"), "--report", str(path)], str(path), "already exists")
+    refused([*checkpoints, "--report", str(tmp_path)], str(tmp_path), "no HTML file")
+    refused([*checkpoints, "--report", str(tmp_path / "x.png")], "x.png", "no HTML file")
+    assert path.read_bytes() == before
 
 
 def test_options_replace_what_a_checkpoint_remembers(folder, checkpoints, tmp_path):
@@ -106,7 +133,8 @@ def test_plain_gpt2_checkpoints_on_named_data(folder, plain, tmp_path):
     assert set(result["delta_percent"]) == {"gpt2_2"}
     assert result["seed"] is None and result["memory_writes"] == {}
     # Nothing was trained here, so that there are no curves.
-    assert {path.name for path in tmp_path.iterdir()} == {"comparison.json", "comparison.md"}
+    pictures = {"loss_by_distance.png", "loss_by_position.png"}
+    assert {path.name for path in tmp_path.iterdir()} == {"comparison.json", "comparison.md", *pictures}
 
 
 def test_more_than_two_checkpoints_and_a_reference(checkpoints, plain, tmp_path, capsys):

@@ -1,11 +1,14 @@
 import math
 import os
 
+import numpy as np
 import pytest
 from matplotlib.figure import Figure
 from matplotlib.image import imread
+from PIL import Image
 
-from dnc_gpt2.plots import recall_by_distance, training_curves
+from dnc_gpt2.inspection import Inspection
+from dnc_gpt2.plots import loss_profile, recall_by_distance, slots, tokens, training_curves
 
 HISTORY = [
     {"step": 10, "loss": 9.0, "lm_loss": 8.0, "top1_acc": 0.1, "learning_rate": 1e-3},
@@ -94,3 +97,79 @@ def test_recall_shows_models_over_distance_and_guessing(saved, tmp_path):
         "GPT2 + DNC",
         "guessing",
     }
+
+
+def metadata(path) -> dict[str, str]:
+    with Image.open(path) as image:
+        return image.text
+
+
+def test_losses_and_gains_are_shown_in_their_groups_with_seed_and_versions(saved, tmp_path):
+    profile = {
+        "labels": ["1", "2-3", "never"],
+        "targets": [9, 9, 9],
+        "loss": {"baseline": [3.0, 2.0, 4.0], "dnc": [1.0, 2.0, "NaN"]},
+        "gain": {"dnc": [2.0, 0.0, "NaN"]},
+        "gain_interval": {"dnc": [[1.5, 2.5], None, None]},
+    }
+    models = {"baseline": {"metrics": {}}, "dnc": {"metrics": {}}}
+    comparison = {"models": models, "profiles": {"distance": profile}, "seed": 7, "versions": {"torch": "2.13"}}
+    loss_profile(comparison, "distance", tmp_path / "loss.png")
+    gains, losses = lines(saved[0], 0), lines(saved[0], 1)
+    assert gains["GPT2 + DNC"][:2] == [(0, 2.0), (1, 0.0)] and set(gains) == {"GPT2 + DNC"}
+    assert losses["GPT2 Baseline"] == [(0, 3.0), (1, 2.0), (2, 4.0)] and math.isnan(losses["GPT2 + DNC"][2][1])
+    assert [label.get_text() for label in saved[0].axes[1].get_xticklabels()] == ["1", "2-3", "never"]
+    legend = [text.get_text() for text in saved[0].legends[0].get_texts()]
+    assert legend == ["GPT2 + DNC", "GPT2 Baseline"]
+    assert metadata(tmp_path / "loss.png").items() >= {"seed": "7", "version of torch": "2.13"}.items()
+
+
+@pytest.fixture
+def inspection() -> Inspection:
+    count, unknown = 60, np.array([np.nan])
+    sources = np.zeros((count, 1, count))
+    sources[30, 0, 10] = 0.75
+    held = np.zeros((count, 4))
+    held[5:, 1] = 1
+    return Inspection(
+        tokens=["The", *[" word"] * 57, " $x_", "\né"],
+        window=8,
+        write_gates=np.linspace(0, 1, count),
+        write_weights=np.zeros((count, 4)),
+        read_weights=np.zeros((count, 1, 4)),
+        read_sources=sources,
+        held=held,
+        holders=np.where(held > 0, 5, -1),
+        log_probabilities=np.concatenate([unknown, -np.ones(count - 1)]),
+        gains=np.concatenate([unknown, np.linspace(-1, 1, count - 1)]),
+    )
+
+
+@pytest.mark.parametrize("by", ["gain", "gate", 31, 0])
+def test_tokens_are_coloured_by_what_is_asked_for(saved, inspection, tmp_path, by):
+    tokens(inspection, tmp_path / "tokens.png", by, {"seed": "3"})
+    assert metadata(tmp_path / "tokens.png")["seed"] == "3"
+    axes = saved[0].axes[0]
+    assert [text.get_text() for text in axes.texts] == ["The", *["word"] * 57, "$x_", r"\né"]
+    boxes = axes.patches
+    right = [box.get_x() + box.get_width() for box in boxes]
+    assert max(right) <= 121 and len({box.get_y() for box in boxes}) == 3
+    colours = {tuple(box.get_facecolor()) for box in boxes}
+    assert (len(colours) > 20) == (by in ("gain", "gate"))
+    if by == 31:
+        marked = [i for i, box in enumerate(boxes) if box.get_facecolor() != boxes[0].get_facecolor()]
+        assert marked == [10] and boxes[31].get_edgecolor() != boxes[30].get_edgecolor()
+
+
+@pytest.mark.parametrize("by", ["loss", -1, 60])
+def test_tokens_cannot_be_coloured_by_anything_else(inspection, tmp_path, by):
+    with pytest.raises(ValueError, match=f"by={by!r} is not allowed.*from 0 to 59"):
+        tokens(inspection, tmp_path / "tokens.png", by)
+
+
+def test_slots_show_the_age_of_what_they_hold_and_how_many_are_in_use(saved, inspection, tmp_path):
+    slots(inspection, tmp_path / "slots.png")
+    ages = saved[0].axes[0].images[0].get_array()
+    assert ages.shape == (4, 60) and ages[1, 5] == 0 and ages[1, 59] == 54
+    assert ages.mask[0].all() and ages.mask[1, :5].all() and not ages.mask[1, 5:].any()
+    assert saved[0].axes[1].get_lines()[0].get_ydata()[[0, 59]].tolist() == [0, 0.25]

@@ -16,6 +16,7 @@ from dnc_gpt2.report import (
     display_width,
     replacing,
     to_json,
+    verdict,
     visible_text,
     write_comparison,
     write_inspection_lines,
@@ -132,6 +133,66 @@ def test_paired_differences_are_a_line_a_model(comparison):
 def test_without_paired_differences_there_is_no_such_section(comparison):
     assert difference_lines(comparison) == []
     assert "Paired" not in comparison_markdown(comparison)
+
+
+def judged(ratio, interval, **models) -> dict:
+    difference = {"loss": 0, "loss_interval": None, "ppl_ratio": ratio, "ppl_ratio_interval": interval}
+    models = models or {"baseline": model(ppl=10.0), "dnc": model(ppl=9.0, avg_gate=0.5)}
+    data = {"bootstrap": "10,000 resamples of 40 documents"}
+    return {"models": models, "differences": {list(models)[-1]: difference}, "data": data}
+
+
+@pytest.mark.parametrize(
+    ("ratio", "interval", "sentence"),
+    [
+        (
+            0.543,
+            [0.534, 0.553],
+            "The memory helps: GPT2 + DNC has a perplexity 45.7 % lower than GPT2 Baseline's (95 % interval 44.7 to "
+            "46.6 %; 10,000 resamples of 40 documents).",
+        ),
+        (
+            1.25,
+            [1.2, 1.3],
+            "The memory hurts: GPT2 + DNC has a perplexity 25.0 % higher than GPT2 Baseline's (95 % interval 20.0 to "
+            "30.0 %; 10,000 resamples of 40 documents).",
+        ),
+        (
+            0.99,
+            [0.98, 1.0004],
+            "No difference is shown: GPT2 + DNC has a perplexity 1.0 % lower than GPT2 Baseline's, but the 95 % "
+            "interval reaches from 2.0 % lower to 0.04 % higher; 10,000 resamples of 40 documents.",
+        ),
+        (
+            0.9,
+            None,
+            "GPT2 + DNC has a perplexity 10.0 % lower than GPT2 Baseline's; how sure that is cannot be told, for want "
+            "of independent text.",
+        ),
+        ("NaN", None, "GPT2 + DNC cannot be compared with GPT2 Baseline: a loss is not finite."),
+    ],
+    ids=["helps", "hurts", "no difference", "no interval", "not finite"],
+)
+def test_the_verdict_is_one_honest_sentence(ratio, interval, sentence):
+    assert verdict(judged(ratio, interval)) == sentence
+    assert sentence in comparison_markdown(judged(ratio, interval)).splitlines()
+
+
+def test_the_verdict_without_a_memory_or_a_second_model():
+    plain = judged(0.9, [0.8, 0.95], a=model(ppl=10.0), b=model(ppl=9.0))
+    assert verdict(plain).startswith("b is better: b has a perplexity 10.0 % lower than a's (95 % interval 5.0 to")
+    both = judged(1.1, [1.05, 1.15], a=model(ppl=9.0, avg_gate=0.5), b=model(ppl=9.9, avg_gate=0.5))
+    assert verdict(both).startswith("b is worse: ")
+    alone = {"models": {"dnc": model(ppl=9.0, avg_gate=0.5)}}
+    assert verdict(alone) == "GPT2 + DNC has a perplexity of 9.00; there is no paired difference to judge it by."
+
+
+def test_the_verdict_is_of_the_model_with_memory_or_of_the_one_asked_for():
+    row = {"ppl_ratio": 0.5, "ppl_ratio_interval": [0.4, 0.6], "loss": -0.7, "loss_interval": None}
+    models = {"baseline": model(ppl=10.0), "widened": model(ppl=5.0), "dnc": model(ppl=5.0, avg_gate=0.9)}
+    comparison = {"models": models, "differences": {"widened": row, "dnc": row}}
+    assert verdict(comparison).startswith("The memory helps: GPT2 + DNC")
+    assert verdict(comparison, "widened").startswith("GPT2 widened is better: ")
 
 
 @pytest.mark.parametrize(

@@ -89,7 +89,8 @@ def snapshot(folder: Path) -> dict[Path, bytes]:
 def test_a_run_leaves_two_checkpoints_and_the_comparison(run):
     assert {path.name for path in run.iterdir()} == {
         *KINDS,
-        *("comparison.json", "comparison.md", "training_curves.png"),
+        *("comparison.json", "comparison.md", "report.html", "training_curves.png"),
+        *("loss_by_distance.png", "loss_by_position.png"),
     }
     everywhere = {
         *("config.json", "generation_config.json", "model.safetensors", "README.md"),
@@ -118,7 +119,7 @@ def test_every_checkpoint_has_what_resuming_needs_and_its_perplexity(run):
 
 
 def test_comparison_json_has_every_metric(run, comparison):
-    names = ["models", "delta_percent", "differences", "data", "memory_writes", "seed", "versions"]
+    names = ["models", "delta_percent", "differences", "profiles", "data", "memory_writes", "seed", "versions"]
     assert list(comparison) == names
     assert list(comparison["models"]) == list(KINDS)
     for kind, model in comparison["models"].items():
