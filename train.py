@@ -33,6 +33,7 @@ from dnc_gpt2.data import (
     tokenize_texts,
     train_tokenizer,
 )
+from dnc_gpt2.histograms import finish_reports
 from dnc_gpt2.models import count_parameters, freeze_backbone, new_models, require_checkpoint
 from dnc_gpt2.opponents import SCORED, TRAINED, check_opponents, opponent_model
 from dnc_gpt2.options import (
@@ -119,6 +120,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
             freeze_backbone(model)
         arguments_of_kind = copy.copy(training)
         arguments_of_kind.output_dir = str(run / kind)
+        arguments_of_kind.run_name = f"{training.run_name or run.name}-{kind}"  # in the trackers of --report_to
         arguments_of_kind.push_to_hub = training.push_to_hub and kind in models
         if training.hub_model_id and len(models) > 1:
             arguments_of_kind.hub_model_id = f"{training.hub_model_id}-{kind}"  # a repository each
@@ -137,6 +139,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
             processing_class=tokenizer,
         )
         train(trainer, checkpoints[kind])
+        finish_reports(trainer.callback_handler.callbacks)
         if trainer.args.should_save:
             remember_run(run / kind, data, training.seed, sys.argv[1:] if arguments is None else arguments)
         trainer.accelerator.wait_for_everyone()  # the other processes read what the main one has saved

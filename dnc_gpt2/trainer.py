@@ -6,19 +6,27 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import IntervalStrategy
 
 from memory_dnc_gpt2 import MemoryState
 
+from .attribution import effective_writes, reads_beyond_window
 from .data import IGNORED, ExampleDataset, StreamBatchSampler, collate
 from .evaluation import evaluate, write_entropy
+from .histograms import report_histogram
+from .metrics import OPEN_GATE
 from .models import allow_loss_without_logits, backbone_inputs, has_memory
 from .streaming import StreamedExamples
+
+GATE_BINS = 20
+"""Bins of the write gates' histogram."""
 
 
 @dataclass
@@ -81,8 +89,14 @@ class DNCTrainer(Trainer):
         L_entropy = mean( H(w / sum w) ), weighted by the detached gate where w contains it
 
     each a sum over scored targets divided by the scored targets of the whole accumulated, distributed batch. With
-    `routing_sample` below 1 the routing sum is estimated, without bias, from a sample of the targets. The terms, the
-    mean write gate and the top-1 accuracy are logged beside the loss. No logits of a whole batch are ever built.
+    `routing_sample` below 1 the routing sum is estimated, without bias, from a sample of the targets. The terms and the
+    top-1 accuracy are logged beside the loss. No logits of a whole batch are ever built.
+
+    Of the memory are logged, as means over the scored targets, `write_gate` and, of the step that is logged alone,
+    `write_rate` (gates above 0.7), `slot_use` (how many slots a row's writes spread over, as exp of their entropy, of
+    all), `read_strength` (of the content addressing, over the heads), `reads_beyond_window` (see `attribution`; a row
+    of a carried state that is not zero counts as written); and to the trackers of `report_to` that know histograms,
+    the histogram of the gates.
 
     Args:
         carry_memory: train on contiguous streams whose memory passes, detached, from step to step, and evaluate so.
@@ -112,6 +126,7 @@ class DNCTrainer(Trainer):
             args.ignore_data_skip = True  # a checkpoint knows its place in the corpus
         self.memory_states: dict[int, MemoryState] = {}  # by micro-batch of an accumulated batch
         self._sums: Counter[str] = Counter()  # of the log, since the last one, over this process's scored targets
+        self._memory_sums: Counter[str] = Counter()  # the same of the steps that are logged
         super().__init__(
             model=model,
             args=args,
@@ -196,6 +211,8 @@ class DNCTrainer(Trainer):
             if self.carry_memory and model.training:
                 self.memory_states[micro_batch] = outputs.memory_state.detach()
             loss = loss + self._memory_terms(outputs, scored, unwrapped.config.addressing) / num_items
+            if self._step_is_logged():
+                self._add_memory_statistics(outputs, scored, state, inputs.get("memory_reset"), unwrapped.config)
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # distributed training averages gradients over processes
         return (loss, outputs) if return_outputs else loss
@@ -217,14 +234,47 @@ class DNCTrainer(Trainer):
             total = total + self.args.lambda_routing * routing
         return total
 
+    def _step_is_logged(self) -> bool:
+        """Whether the step being computed will be logged: what costs time is worked out for no other."""
+        if self.args.logging_strategy != IntervalStrategy.STEPS:
+            return True
+        step = self.state.global_step + 1
+        return step % self.state.logging_steps == 0 or (step == 1 and self.args.logging_first_step)
+
+    @torch.no_grad()
+    def _add_memory_statistics(self, outputs, scored: Tensor, state: MemoryState | None, reset, config) -> None:
+        """Add what is logged of the memory."""
+        gates = outputs.write_gates
+        writes = effective_writes(outputs.write_weights, gates, config.addressing)
+        spread = write_entropy((writes * scored[..., None]).sum(1)).exp() / config.mem_slots
+        filled = None if state is None else (state.memory != 0).any(-1)
+        beyond = reads_beyond_window(outputs.read_weights, writes, config.n_positions, reset, filled)
+        sums = self._memory_sums
+        sums["targets"] += scored.sum()
+        sums["write_rate"] += ((gates > OPEN_GATE) & scored).sum()
+        sums["slot_use"] += (spread * scored.sum(1)).sum()
+        sums["read_strength"] += (outputs.read_strengths.mean(-1) * scored).sum()
+        sums["reads_beyond_window"] += (beyond * scored).sum()
+        sums["gate_histogram"] += torch.histc(gates[scored].float(), GATE_BINS, 0, 1)
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self.streaming:  # transformers counts from the last resumption; a stream has no epochs
             self.state.epoch = self.state.global_step / self.state.max_steps
         if "loss" in logs and self._sums:
-            sums = self.accelerator.reduce({name: x.double() for name, x in self._sums.items()}, "sum")
-            count = float(sums.pop("targets"))
-            logs |= {name: float(x) / count for name, x in sums.items() if count}
-            self._sums.clear()
+            histogram = None
+            for part in (self._sums, self._memory_sums):
+                if part:
+                    sums = self.accelerator.reduce({name: x.double() for name, x in part.items()}, "sum")
+                    count, histogram = float(sums.pop("targets")), sums.pop("gate_histogram", None)
+                    logs |= {name: float(x) / count for name, x in sums.items() if count}
+                    part.clear()
+            super().log(logs, start_time)
+            if histogram is not None and self.is_world_process_zero():
+                edges = np.linspace(0, 1, GATE_BINS + 1)
+                counts = histogram.cpu().numpy()
+                name = "train/write_gate_histogram"
+                report_histogram(self.callback_handler.callbacks, name, counts, edges, self.state.global_step)
+            return
         super().log(logs, start_time)
 
     def evaluate(

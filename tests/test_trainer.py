@@ -208,13 +208,15 @@ def test_several_devices_are_never_used_by_data_parallel(tmp_path, monkeypatch):
 
 # Logging
 
+MEMORY_STATISTICS = ("write_gate", "write_rate", "slot_use", "read_strength", "reads_beyond_window")
+
 
 def test_every_term_is_logged_at_every_logging_step(models, tmp_path):
     both = models(addressing="dnc")
     dataset = examples(20 * EXAMPLE + 1)
     for kind, terms in (
         ("baseline", {"lm_loss", "top1_acc"}),
-        ("dnc", {"lm_loss", "top1_acc", "routing_loss", "entropy_loss", "write_gate"}),
+        ("dnc", {"lm_loss", "top1_acc", "routing_loss", "entropy_loss", *MEMORY_STATISTICS}),
     ):
         trainer = train(both[kind], tmp_path, dataset, max_steps=6, logging_steps=2)
         rows = training_rows(trainer)
