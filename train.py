@@ -13,7 +13,7 @@ from typing import Any
 
 import datasets
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import AutoConfig, GPT2Config, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers import logging as transformers_logging
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
@@ -44,7 +44,7 @@ from dnc_gpt2.options import (
     parse,
     remember_run,
 )
-from dnc_gpt2.report import write_text
+from dnc_gpt2.report import has_memory_metrics, write_text
 from dnc_gpt2.streaming import StreamedExamples
 from dnc_gpt2.trainer import DNCTrainer, DNCTrainingArguments
 
@@ -177,10 +177,14 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         comparer.add(TRAINED[opponent], str(run / TRAINED[opponent]))
     comparison = comparer.finish()
     if trainer.is_world_process_zero():
-        summary = training_summary(corpus.description, model_arguments, data, training)
-        for kind in models:
-            metrics = {k: v for k, v in comparison["models"][kind]["metrics"].items() if isinstance(v, float | int)}
-            write_text(run / kind / "README.md", model_card(kind, metrics, summary, comparison))
+        tokens = None if train_text is None else len(train_text.tokens)
+        for kind in kinds:
+            result = comparison["models"][kind]
+            memory = has_memory_metrics(result)
+            model_config = AutoConfig.from_pretrained(run / kind)
+            summary = training_summary(corpus.description, tokens, model_config, model_arguments, data, training)
+            metrics = {k: v for k, v in result["metrics"].items() if isinstance(v, float | int)}
+            write_text(run / kind / "README.md", model_card(kind, metrics, summary, comparison, memory=memory))
         print(printed(comparison))
         print(f"\n  Everything is in {run}/")
     if training.push_to_hub:
@@ -315,23 +319,34 @@ def train(trainer: DNCTrainer, checkpoint: str | None) -> None:
 
 
 def training_summary(
-    description: dict[str, Any], model_arguments: ModelArguments, data: DataArguments, training: DNCTrainingArguments
+    description: dict[str, Any],
+    tokens: int | None,
+    config: GPT2Config | DNCGPT2Config,
+    model_arguments: ModelArguments,
+    data: DataArguments,
+    training: DNCTrainingArguments,
 ) -> dict[str, Any]:
-    """What the card says of the training."""
+    """What the card says of the training of a model with this configuration, on so many tokens."""
+    memory = {}
+    if isinstance(config, DNCGPT2Config):
+        memory = {"lambda_routing": training.lambda_routing, "lambda_entropy": training.lambda_entropy}
+        memory |= {name: getattr(config, name) for name in model_arguments.memory_options()}
+    source = next(iter(description.values()))
     return {
-        "dataset": next(iter(description.values())),
+        "dataset": ", ".join(source) if isinstance(source, list) else source,
+        "training tokens": tokens,
+        "starting from": model_arguments.model_name_or_path,
         "optimizer steps": training.max_steps if training.max_steps > 0 else None,
         "epochs": training.num_train_epochs if training.max_steps <= 0 else None,
         "batch size": training.train_batch_size * training.gradient_accumulation_steps * training.world_size,
         "tokens an example": data.seq_len * data.windows_per_example,
-        "attention window": data.seq_len,
+        "attention window": config.n_positions,
+        "layers, width, heads": [config.n_layer, config.n_embd, config.n_head],
         "carried memory": data.carry_memory,
         "learning rate": training.learning_rate,
         "frozen backbone": model_arguments.freeze_backbone,
-        "lambda_routing": training.lambda_routing,
-        "lambda_entropy": training.lambda_entropy,
         "seed": training.seed,
-        **model_arguments.memory_options(),
+        **memory,
     }
 
 

@@ -12,15 +12,21 @@ REPORTED = {"ppl": ("perplexity", "Perplexity"), "top1_acc": ("accuracy", "Top-1
 
 
 def model_card(
-    name: str, metrics: Mapping[str, float], training: Mapping[str, Any], comparison: Mapping[str, Any] | None = None
+    name: str,
+    metrics: Mapping[str, float],
+    training: Mapping[str, Any],
+    comparison: Mapping[str, Any] | None = None,
+    *,
+    memory: bool,
 ) -> str:
-    """A card with metadata for the Hub: how to load the model, how it was trained, how it compares.
+    """A card with metadata for the Hub: how to load the model, how and on what it was trained, how it compares.
 
     Args:
         name: of the model.
         metrics: its metrics on the validation split, by the keys of `dnc_gpt2.metrics`.
-        training: option -> value, what it was trained with.
+        training: option -> value, what it was trained with; what is `None` is left out.
         comparison: with other models, as in comparison.json.
+        memory: whether the model has a memory, and brings code along.
     """
     dataset = str(training.get("dataset") or "text")
     results = [
@@ -31,14 +37,14 @@ def model_card(
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=["gpt2", "dnc", "memory"] if name == "dnc" else ["gpt2"],
+        tags=["gpt2", "dnc", "memory"] if memory else ["gpt2"],
         model_name=name,
         eval_results=results or None,
     )
-    remote = ", trust_remote_code=True" if name == "dnc" else ""
+    remote = ", trust_remote_code=True" if memory else ""
     what = (
         "GPT-2 with a differentiable external memory (a DNC, Graves et al. 2016) that reaches past its window."
-        if name == "dnc"
+        if memory
         else "A plain GPT-2, trained beside a GPT-2 with an external memory under equal conditions."
     )
     usage = f"""```python
@@ -48,8 +54,11 @@ folder = "..."  # this folder, or its name on the Hub
 tokenizer = AutoTokenizer.from_pretrained(folder{remote})
 model = AutoModelForCausalLM.from_pretrained(folder{remote})
 ```"""
-    parts = [f"---\n{data.to_yaml()}\n---", f"# {name}", what, "## Use", usage, "## Training"]
-    parts.append("\n".join(["| Option | Value |", "| --- | --- |", *(f"| {k} | {v} |" for k, v in training.items())]))
+    parts = [f"---\n{data.to_yaml()}\n---", f"# {report.escaped(name)}", what]
+    if comparison is not None and name in (comparison.get("differences") or {}):
+        parts.append(report.escaped(report.verdict(comparison, name)))
+    known = {option: value for option, value in training.items() if value is not None}
+    parts += ["## Use", usage, "## Training", report.settings_table(known)]
     parts.append("## Validation")
     if comparison is not None:
         parts.append(report.comparison_markdown(comparison).replace("\n#", "\n##").removeprefix("#").strip())

@@ -181,18 +181,18 @@ def comparison_markdown(comparison: Mapping[str, Any]) -> str:
     header, *rows = metric_rows(comparison)
     alignment = ["---", *["---:"] * len(names), *["---"] * (len(names) - 1)]
     parts = [
-        f"# {_escape(' vs '.join(names))}",
-        verdict(comparison),
+        f"# {escaped(' vs '.join(names))}",
+        escaped(verdict(comparison)),
         _markdown_table(header, rows, alignment),
         *_difference_sections(comparison),
         "## How it was evaluated",
         " ".join(evaluation_notes(comparison)),
-        _settings_table(evaluation_settings(comparison)),
+        settings_table(evaluation_settings(comparison)),
         "## Models",
         _markdown_table(MODEL_HEADER, model_rows(comparison), ["---", "---", "---:", "---"]),
     ]
     if comparison.get("versions"):
-        parts += ["## Versions", _settings_table(_flat(comparison["versions"]))]
+        parts += ["## Versions", settings_table(_flat(comparison["versions"]))]
     return "\n\n".join(parts) + "\n"
 
 
@@ -221,7 +221,7 @@ def evaluation_notes(comparison: Mapping[str, Any]) -> list[str]:
         f"{_MISSING} means that a model has no such metric.",
     ]
     if len(names) > 1:
-        notes.append(f"Changes are in percent of {_escape(names[0])}.")
+        notes.append(f"Changes are in percent of {escaped(names[0])}.")
     if any(map(recall_of, models.values())):
         notes.append(
             "Recall is the fraction of answers whose tokens are all predicted right, also by the number of attention "
@@ -431,11 +431,12 @@ def _format_change(change: float | None, better: str | None) -> str:
 
 
 def _markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]], alignment: Sequence[str]) -> str:
-    lines = [list(map(_escape, header)), alignment, *(list(map(_escape, row)) for row in rows)]
+    lines = [list(map(escaped, header)), alignment, *(list(map(escaped, row)) for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _settings_table(settings: Mapping[str, Any]) -> str:
+def settings_table(settings: Mapping[str, Any]) -> str:
+    """Settings, name -> value, as a Markdown table."""
     rows = [[name, _setting(value)] for name, value in settings.items()]
     return _markdown_table(["Setting", "Value"], rows, ["---", "---"])
 
@@ -462,8 +463,9 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _escape(cell: str) -> str:
-    return cell.replace("\\", "\\\\").replace("|", "\\|").replace("\n", " ")
+def escaped(text: str) -> str:
+    """Text for Markdown, in a line and in a table's cell: neither a bar nor a tag in it is taken for markup."""
+    return text.replace("\\", "\\\\").replace("|", "\\|").replace("\n", " ").replace("<", "&lt;")
 
 
 def _jsonable(value: Any) -> Any:

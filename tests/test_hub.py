@@ -103,7 +103,7 @@ def commits(monkeypatch) -> dict[str, dict[str, bytes]]:
 
 
 def write_card(folder: Path, kind: str = "dnc") -> None:
-    text = model_card(kind, METRICS, {"dataset": "biographies", "seed": 7})
+    text = model_card(kind, METRICS, {"dataset": "biographies", "seed": 7}, memory=kind == "dnc")
     (folder / "README.md").write_text(text, encoding="utf-8")
 
 

@@ -262,8 +262,8 @@ def test_page_tells_metrics_data_seed_models_and_versions(comparison):
 
 
 def test_page_escapes_what_would_break_its_tables():
-    page = comparison_markdown({"models": {"dnc": {**model(ppl=2.0), "path": "a|b\nc"}}})
-    assert "| GPT2 + DNC | a\\|b c | 1,000 |  |" in page.splitlines()
+    page = comparison_markdown({"models": {"<b>": {**model(ppl=2.0), "path": "a|b\n<c>"}}})
+    assert "| &lt;b> | a\\|b &lt;c> | 1,000 |  |" in page.splitlines() and "<" not in page
 
 
 def test_comparison_is_written_whole_and_reads_back(comparison, tmp_path):

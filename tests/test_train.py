@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import train
 from dnc_gpt2 import DNCGPT2LMHeadModel
 from dnc_gpt2.comparison import EINSTEIN
 from dnc_gpt2.data import train_tokenizer
+from dnc_gpt2.report import verdict
 from dnc_gpt2.trainer import DNCTrainer, DNCTrainingArguments
 
 ROOT = Path(__file__).parent.parent
@@ -164,11 +166,18 @@ def test_memory_writes_are_recorded_for_einstein_and_the_texts_to_inspect(compar
         assert all(0 <= record["write_gate"] <= 1 for record in records)
 
 
-def test_the_card_of_each_model_shows_its_metrics(run):
+def test_the_card_of_each_model_says_how_it_was_trained_on_what_how_it_compares_and_how_to_load_it(
+    run, folder, comparison
+):
     for kind in KINDS:
         card = (run / kind / "README.md").read_text()
         assert "Perplexity" in card and "AutoModelForCausalLM" in card
-        assert ("trust_remote_code=True" in card) == (kind == "dnc")
+        for line in (f"| dataset | {folder / 'train.txt'} |", "| optimizer steps | 4 |", "| seed | 5 |"):
+            assert line in card.splitlines()
+        assert re.search(r"\| training tokens \| \d+ \|", card) and "| torch | " in card
+        assert "| layers, width, heads | 1, 16, 2 |" in card and "| attention window | 8 |" in card
+        assert ("trust_remote_code=True" in card) == ("| mem_slots | 8 |" in card) == (kind == "dnc")
+        assert (verdict(comparison) in card.split("## Use")[0]) == (kind == "dnc")
     assert "Perplexity" in (run / "comparison.md").read_text()
 
 
