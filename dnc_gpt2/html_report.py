@@ -104,10 +104,10 @@ def training_figures(histories: Mapping[str, Sequence[Mapping[str, Any]]]) -> li
     """Curves over the steps of training: loss, accuracy, and what the memory does."""
     kinds = (
         ("Cross-entropy loss", "nats per token", ("lm_loss", "loss"), "eval_loss", ".4f", ""),
-        ("Top-1 accuracy", "tokens predicted right", ("top1_acc",), "eval_top1_acc", ".1%", ".0%"),
+        ("Top-1 accuracy", "tokens predicted right", ("top1_acc",), "eval_top1_acc", ".1%", ".3~%"),
         ("Write gate", "mean over tokens", ("write_gate",), "eval_avg_gate", ".3f", ""),
-        ("Reads beyond the window", "share of what is read", ("reads_beyond_window",), "", ".1%", ".0%"),
-        ("Slots in use", "share that the writes spread over", ("slot_use",), "", ".1%", ".0%"),
+        ("Reads beyond the window", "share of what is read", ("reads_beyond_window",), "", ".1%", ".3~%"),
+        ("Slots in use", "share that the writes spread over", ("slot_use",), "", ".1%", ".3~%"),
     )
     figures = []
     for title, unit, train_keys, eval_key, form, axis_form in kinds:
@@ -191,7 +191,9 @@ def recall_figures(comparison: Mapping[str, Any]) -> list[Figure]:
     ]
     if not traces:
         return []
-    figure = _figure("help", "Recall by distance", traces, "windows between fact and answer", "answers recalled", ".0%")
+    figure = _figure(
+        "help", "Recall by distance", traces, "windows between fact and answer", "answers recalled", ".3~%"
+    )
     guessing = (comparison.get("data") or {}).get("recall_by_guessing")
     if guessing is not None:
         figure["level"] = {"value": float(guessing), "text": "guessing"}
@@ -275,7 +277,8 @@ def _unbroken(sentence: str) -> str:
 
 
 def _signed(value: float) -> str:
-    return f"{value:+.2f}".replace("-", "−")
+    text = f"{value:+.2f}".replace("-", "−")
+    return text if round(value, 2) else "0.00"
 
 
 def _number(value: Any) -> float | None:

@@ -83,7 +83,8 @@ def inspection(tokens: list[str], slots: int = 3, heads: int = 2) -> Inspection:
     )
 
 
-INSPECTIONS = {"dnc": {"a text": inspection(["The", " old", " king", "\n", " was", EVIL, " born", " in", " it"])}}
+LONG = "a text of many words " * 9
+INSPECTIONS = {"dnc": {LONG: inspection(["The", " old", " king", "\n", " was", EVIL, " born", " in", " it"])}}
 
 
 class Reader(html.parser.HTMLParser):
@@ -310,7 +311,7 @@ def test_hovering_over_a_curve_shows_its_values(page):
     page.execute_script("arguments[0].scrollIntoView({block: 'center'})", chart)
     plot = chart.find_element("css selector", ".nsewdrag")
     webdriver.ActionChains(page).move_to_element(plot).move_by_offset(9, 9).perform()
-    shown = WebDriverWait(page, 10).until(
+    shown = WebDriverWait(page, 60).until(
         lambda _: ask(page, "document.querySelector('#help .chart .hoverlayer').textContent")
     )
     assert "nats" in shown and "tokens" in shown
