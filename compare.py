@@ -90,7 +90,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         batch_size=options.batch_size,
         seed=run["seed"] if run else None,
         inspect=lists.inspect,
-        report=options.report,
+        report_path=options.report,
         trust_remote_code=options.trust_remote_code,
         progress=not quiet,
     )

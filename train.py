@@ -156,7 +156,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         batch_size=training.per_device_eval_batch_size,
         seed=training.seed,
         inspect=options.inspect,
-        report=run / "report.html",
+        report_path=run / "report.html",
         progress=not training.disable_tqdm,
     )
     for kind in models:

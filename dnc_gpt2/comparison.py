@@ -2,10 +2,8 @@
 
 import logging
 import os
-import platform
 from collections.abc import Mapping, Sequence
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +34,6 @@ EXCERPT_WINDOWS = 8
 MOST_EXCERPT_TOKENS = 512
 
 
-def versions() -> dict[str, str]:
-    """Versions of what a result depends on."""
-    packages = ("torch", "transformers", "datasets", "accelerate", "evaluate", "tokenizers")
-    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
-
-
 class Comparison:
     """Evaluates one model after the other on the validation split; what is finished is written at once.
 
@@ -55,7 +47,7 @@ class Comparison:
         batch_size: examples at a time where no memory is carried.
         seed: of the training, for the record.
         inspect: texts whose memory writes are recorded, beside `EINSTEIN`.
-        report: file of the HTML report; `None` writes none.
+        report_path: file of the HTML report; `None` writes none.
 
     Attributes:
         result: the comparison so far, as in comparison.json; every process has it, the main one writes.
@@ -73,12 +65,13 @@ class Comparison:
         batch_size: int = 8,
         seed: int | None = None,
         inspect: Sequence[str] = (),
-        report: str | os.PathLike | None = None,
+        report_path: str | os.PathLike | None = None,
         trust_remote_code: bool = False,
         progress: bool = True,
     ):
         self.tokenizer, self.data, self.output_dir = tokenizer, data, output_dir
-        self.accelerator, self.batch_size, self.inspect, self.report = accelerator, batch_size, inspect, report
+        self.accelerator, self.batch_size, self.inspect = accelerator, batch_size, inspect
+        self.report_path = report_path
         self.trust_remote_code, self.progress = trust_remote_code, progress
         self.text = tokenize_texts(corpus.texts["validation"], tokenizer, "validation", data.max_eval_tokens)
         self.dataset = evaluation_dataset(self.text, data)
@@ -105,7 +98,7 @@ class Comparison:
             },
             "memory_writes": {},
             "seed": seed,
-            "versions": versions(),
+            "versions": report.versions(),
         }
 
     def add(self, name: str, path: str) -> None:
@@ -123,7 +116,7 @@ class Comparison:
                 text: report.write_inspection_records(list(zip(found.tokens, found.write_gates, strict=True)))
                 for text, found in inspections.items()
             }
-            if self.report:
+            if self.report_path:
                 length = min(MOST_EXCERPT_TOKENS, EXCERPT_WINDOWS * model.config.n_positions)
                 excerpt = inspect_tokens(model, self.tokenizer, self.text.tokens[:length])
                 self.inspections[name] = {EXCERPT: excerpt, **inspections}
@@ -150,8 +143,8 @@ class Comparison:
         """Draw the figures and the HTML report; returns the comparison."""
         if self.accelerator.is_main_process:
             write_figures(self.result, self.output_dir)
-            if self.report:
-                write_html_report(self.result, self.report, histories(self.result), self.inspections)
+            if self.report_path:
+                write_html_report(self.result, self.report_path, histories(self.result), self.inspections)
         self.accelerator.wait_for_everyone()
         return self.result
 

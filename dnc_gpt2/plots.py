@@ -1,4 +1,4 @@
-"""Figures of a run and of an inspected text, dark, as PNG; what is known of seed and versions is in their metadata."""
+"""Figures of a run and of an inspected text, dark, as PNG, with seed (where known) and versions as their metadata."""
 
 import math
 import os
@@ -16,7 +16,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from .inspection import Inspection
-from .report import display_name, display_width, provenance, recall_of, replacing, visible_text
+from .report import display_name, display_width, provenance, recall_of, replacing, versions, visible_text
 
 _BACKGROUND = "#0d1117"
 _PANEL = "#161b22"
@@ -53,7 +53,7 @@ def training_curves(
         histories: for each model the `log_history` of its trainer state: training rows with `step`, `lm_loss` (or
             `loss`) and `top1_acc`, evaluation rows with `step`, `eval_loss` and `eval_top1_acc`. Any may be absent.
         path: file to write, replaced in one step.
-        about: text for the file's metadata, by name; see `report.provenance`.
+        about: text for the file's metadata beside the versions, by name; see `report.provenance`.
     """
     figure = _figure(13, 5.4)
     loss_axes, accuracy_axes = figure.subplots(1, 2)
@@ -160,7 +160,7 @@ def tokens(
         path: file to write, replaced in one step.
         by: "gain" (in log-probability, from the memory), "gate" (the write gate), or the index of a token: where the
             read that predicted it came from.
-        about: text for the file's metadata, by name.
+        about: text for the file's metadata beside the versions, by name.
 
     Raises:
         ValueError: `by` is none of these.
@@ -315,4 +315,6 @@ def _save(figure: Figure, path: str | os.PathLike, about: Mapping[str, str] | No
 def _write(figure: Figure, path: str | os.PathLike, about: Mapping[str, str] | None) -> None:
     FigureCanvasAgg(figure)
     with replacing(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=150, metadata=dict(about or {}))
+        figure.savefig(
+            temporary, format="png", dpi=150, metadata=provenance({"versions": versions()}) | dict(about or {})
+        )

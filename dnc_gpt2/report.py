@@ -17,10 +17,12 @@ takes either form.
 import json
 import math
 import os
+import platform
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +61,12 @@ _ARROWS = {"higher": " ↑", "lower": " ↓", None: ""}
 _TABLE_WIDTH = 66
 _TOKEN_WIDTH = 21
 _MAX_TOKEN_WIDTH = 40
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a result depends on."""
+    packages = ("torch", "transformers", "datasets", "accelerate", "evaluate", "tokenizers")
+    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
 
 
 def display_name(model: str) -> str:
