@@ -107,7 +107,7 @@ def training_figures(histories: Mapping[str, Sequence[Mapping[str, Any]]]) -> li
         ("Top-1 accuracy", "tokens predicted right", ("top1_acc",), "eval_top1_acc", ".1%", ".3~%"),
         ("Write gate", "mean over tokens", ("write_gate",), "eval_avg_gate", ".3f", ""),
         ("Reads beyond the window", "share of what is read", ("reads_beyond_window",), "", ".1%", ".3~%"),
-        ("Slots in use", "share that the writes spread over", ("slot_use",), "", ".1%", ".3~%"),
+        ("Spread of the writes", "share of the slots", ("slot_use",), "", ".1%", ".3~%"),
     )
     figures = []
     for title, unit, train_keys, eval_key, form, axis_form in kinds:
