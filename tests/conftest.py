@@ -1,10 +1,13 @@
 """Settings for the whole suite: no network, and no two thread pools that fight for two cores."""
 
 import os
+import tempfile
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("NUMBA_NUM_THREADS", "2")
+os.environ.setdefault("NUMBA_NUM_THREADS", "1")  # as many as a worker of two has cores
+# Workers load different code under the same names; what they copy must not meet.
+os.environ["HF_MODULES_CACHE"] = (_modules := tempfile.TemporaryDirectory(prefix="modules-")).name
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
