@@ -304,6 +304,8 @@ class DNCGPT2Model(DNCGPT2PreTrainedModel, GPT2Model):
         return DNCGPT2ModelOutput(**last, **{name: joined(name) for name in along_tokens})
 
     def _embed(self, input_ids: Tensor) -> Tensor:
+        if input_ids.is_meta and not self.wte.weight.is_meta:  # the embedding would read anything
+            raise ValueError("input_ids are on the device meta, without data: pass those on the model's device.")
         try:
             return self.wte(input_ids)
         except IndexError:  # on other devices than the CPU the data pipeline has to make sure

@@ -5,6 +5,7 @@ Without options it trains both on the embedded corpus in a few minutes. `python 
 
 import copy
 import logging
+import os
 import shutil
 import subprocess
 import sys
@@ -16,10 +17,10 @@ import torch
 from transformers import AutoConfig, GPT2Config, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers import logging as transformers_logging
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import get_last_checkpoint
 
 from dnc_gpt2 import DNCGPT2Config
 from dnc_gpt2.card import model_card
+from dnc_gpt2.checkpoints import fault, newest_whole
 from dnc_gpt2.comparison import Comparison, evaluation_dataset, printed
 from dnc_gpt2.corpus import is_embedded, load_corpus
 from dnc_gpt2.data import (
@@ -45,6 +46,7 @@ from dnc_gpt2.options import (
     remember_run,
 )
 from dnc_gpt2.report import has_memory_metrics, write_text
+from dnc_gpt2.signals import StopOnSignal
 from dnc_gpt2.streaming import StreamedExamples
 from dnc_gpt2.trainer import DNCTrainer, DNCTrainingArguments
 
@@ -197,6 +199,9 @@ def check_output(run: Path, kinds: list[str], training: DNCTrainingArguments) ->
     """End the process where the run would damage an earlier one."""
     if run.is_file():
         sys.exit(f"train.py: {run} is a file; choose another --output_dir.")
+    existing = next(folder for folder in (run, *run.resolve().parents) if folder.exists())
+    if not os.access(existing, os.W_OK | os.X_OK):
+        sys.exit(f"train.py: {existing} may not be written to; choose another --output_dir or allow it.")
     resume = asked_to_resume(training)
     if training.overwrite_output_dir and resume:
         sys.exit(
@@ -294,15 +299,27 @@ def checkpoint_to_resume(run: Path, kind: str, kinds: list[str], training: DNCTr
                 "true; name one of its folders, or true for the last."
             )
         if owner == folder.resolve():
+            if reason := fault(asked):
+                sys.exit(
+                    f"train.py: --resume_from_checkpoint {asked} is not a whole checkpoint ({reason}); true takes the "
+                    "newest whole one."
+                )
             return asked
-    last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    last, skipped = newest_whole(folder)
+    if training.should_save:
+        instead = f"going on from {last}" if last else "there is no other"
+        for path, reason in skipped.items():
+            logger.warning("%s is not whole (%s): %s.", path, reason, instead)
     if last is None and (folder / TRAINER_STATE_NAME).is_file():
         return str(folder)  # a finished model whose checkpoints are gone
-    return last
+    return None if last is None else str(last)
 
 
 def train(trainer: DNCTrainer, checkpoint: str | None) -> None:
-    """Train what there is to train, evaluate at the end and save the final checkpoint."""
+    """Train what there is to train, evaluate at the end and save the final checkpoint.
+
+    SIGINT or SIGTERM ends the process after the step under way, with a checkpoint.
+    """
     frozen = not any(parameter.requires_grad for parameter in trainer.model.parameters())
     if not frozen and (checkpoint is None or not trainer.load_finished(checkpoint)):
         if checkpoint == trainer.args.output_dir:
@@ -310,7 +327,20 @@ def train(trainer: DNCTrainer, checkpoint: str | None) -> None:
                 f"train.py: {checkpoint} holds a finished model, but no checkpoint-<step> to go on from; choose "
                 "another --output_dir, or replace it with --overwrite_output_dir."
             )
-        trainer.train(resume_from_checkpoint=checkpoint)
+        stop = StopOnSignal()
+        trainer.add_callback(stop)
+        with stop:
+            trainer.train(resume_from_checkpoint=checkpoint)
+        if stop.signal is not None:
+            saved, _ = newest_whole(trainer.args.output_dir)
+            if trainer.is_world_process_zero():
+                print(
+                    f"train.py: ended by {stop.signal.name} after step {trainer.state.global_step} of "
+                    f"{trainer.state.max_steps}; {saved} is whole, and the same command with "
+                    "--resume_from_checkpoint true goes on from it.",
+                    file=sys.stderr,
+                )
+            sys.exit(128 + stop.signal)
     history = trainer.state.log_history
     if not any("eval_loss" in row and row["step"] == trainer.state.global_step for row in history):
         trainer.evaluate()

@@ -15,6 +15,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from configuration_dnc_gpt2 import DNCGPT2Config
 
 from . import plots, report
+from .checkpoints import versions
 from .corpus import Corpus, Exam, load_corpus
 from .data import DataArguments, ExampleDataset, TokenizedText, load_tokenizer, split_end, tokenize_texts
 from .evaluation import Runner, evaluate
@@ -260,7 +261,8 @@ def compare_checkpoints(
     """
     for path in checkpoints.values():
         require_checkpoint(path)
-    tokenizers = {name: load_tokenizer(path) for name, path in checkpoints.items()}
+    trusted = options.get("trust_remote_code", False)
+    tokenizers = {name: load_tokenizer(path, trusted) for name, path in checkpoints.items()}
     corpus = load_corpus(data, ("validation",))
     sample = corpus.texts["validation"][0][:10_000]
     reference, *others = tokenizers
@@ -272,7 +274,7 @@ def compare_checkpoints(
                 f"{checkpoints[other]} and {checkpoints[reference]} have different tokenizers, so that their numbers "
                 "cannot be compared: compare checkpoints of one tokenizer."
             )
-    plain, entries = _scored_by(opponents, checkpoints, options.get("trust_remote_code", False))
+    plain, entries = _scored_by(opponents, checkpoints, trusted)
     comparison = Comparison(corpus, tokenizer, data, output_dir, **options)
     for name, path in checkpoints.items():
         comparison.add(name, path)

@@ -377,14 +377,14 @@ def first_records(stream: datasets.IterableDataset, characters: int) -> list[str
 # Tokenizing
 
 
-def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """Loads a tokenizer by its hub name or from a folder.
+def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """Loads a tokenizer by its hub name or from a folder; code that it brings along runs only if it is trusted.
 
     Raises:
         DataError: there is none, or the hub cannot be reached.
     """
     try:
-        return AutoTokenizer.from_pretrained(name)
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except Exception as error:  # depends on the files: OSError, ValueError, KeyError, the reader's bare Exception
         raise DataError(
             f"cannot load tokenizer {name!r}: {_reason(error)} (give a folder with a saved tokenizer, "

@@ -6,7 +6,6 @@ from types import MethodType
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
@@ -147,10 +146,12 @@ def load_model(name_or_path: str, trust_remote_code: bool = False) -> PreTrained
     """
     require_checkpoint(name_or_path)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            name_or_path, trust_remote_code=trust_remote_code, use_safetensors=True
+        model, info = AutoModelForCausalLM.from_pretrained(
+            name_or_path, trust_remote_code=trust_remote_code, use_safetensors=True, output_loading_info=True
         )
-    except (OSError, SafetensorError, RuntimeError, ValueError, KeyError) as error:
+    except (
+        Exception
+    ) as error:  # depends on the damage: OSError, SafetensorError, RuntimeError, KeyError, TypeError, ...
         remedy = (
             "the folder needs config.json and model.safetensors as save_pretrained writes them"
             if Path(name_or_path).is_dir()
@@ -159,4 +160,15 @@ def load_model(name_or_path: str, trust_remote_code: bool = False) -> PreTrained
         raise ValueError(f"No model could be loaded from {name_or_path} ({error}): {remedy}.") from error
     if model.config.model_type not in (GPT2Config.model_type, DNCGPT2Config.model_type):
         raise ValueError(f"{name_or_path} is a {model.config.model_type}, not a GPT-2: name a GPT-2 checkpoint.")
+    # Old GPT-2 checkpoints hold their causal masks.
+    wrong = {
+        "missing": sorted(info["missing_keys"]),
+        "unknown": sorted(name for name in info["unexpected_keys"] if not name.endswith(".attn.masked_bias")),
+    }
+    if any(wrong.values()):
+        reason = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in wrong.items() if names)
+        raise ValueError(
+            f"The tensors of {name_or_path} are not those of its config.json ({reason}): the folder needs config.json "
+            "and model.safetensors as save_pretrained writes them."
+        )
     return model

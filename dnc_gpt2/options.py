@@ -2,20 +2,23 @@
 
 import argparse
 import json
+import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import yaml
 from huggingface_hub.errors import StrictDataclassError
-from transformers import HfArgumentParser
+from transformers import HfArgumentParser, TrainingArguments
 
 from configuration_dnc_gpt2 import DNCGPT2Config
 
 from . import report
+from .checkpoints import versions
 from .data import DataArguments
 from .opponents import OPPONENTS, opponent_names
 
@@ -171,6 +174,10 @@ def _checked(parser: argparse.ArgumentParser, action: argparse.Action, value: An
         if not several:
             raise argparse.ArgumentError(action, f"takes one value, not the list {value}")
         return [parser._get_value(action, str(item)) for item in value]
+    if value is None and action.default is not None:
+        raise argparse.ArgumentError(action, "needs a value")
+    if isinstance(value, dict) and action.dest not in TrainingArguments._VALID_DICT_FIELDS:
+        raise argparse.ArgumentError(action, f"takes one value, not {value}")
     if value is None or isinstance(value, dict):
         return value
     if value is False and "no" in (action.choices or ()):
@@ -180,17 +187,34 @@ def _checked(parser: argparse.ArgumentParser, action: argparse.Action, value: An
     return [value] if several else value
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which ends the process as Ctrl-C does."""
+
+
 @contextmanager
 def one_line_errors(program: str) -> Iterator[None]:
-    """End the process with one line where input is refused; other errors are bugs and keep their traceback."""
+    """End the process with one line where input is refused or a signal ends it; other errors are bugs and keep their
+    traceback."""
+
+    def terminate(number: int, frame: FrameType | None) -> None:
+        raise Terminated
+
+    previous = signal.signal(signal.SIGTERM, terminate)
     try:
         yield
     except (ValueError, OSError, StrictDataclassError) as error:
         sys.exit(f"{program}: {' '.join(str(error).split())}")
+    except KeyboardInterrupt as interrupt:
+        number = signal.SIGTERM if isinstance(interrupt, Terminated) else signal.SIGINT
+        print(f"{program}: ended by {number.name}; what was saved is intact.", file=sys.stderr)
+        sys.exit(128 + number)
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def remember_run(folder: Path, data: DataArguments, seed: int, arguments: Sequence[str] = ()) -> None:
-    """Write into a checkpoint what data it was trained on, so that comparing it needs no options, and the command line.
+    """Write into a checkpoint what data it was trained on, so that comparing it needs no options, the command line, the
+    seed and the versions.
 
     Checkpoints may be published: the command line is kept without tokens of the Hub.
     """
@@ -200,7 +224,7 @@ def remember_run(folder: Path, data: DataArguments, seed: int, arguments: Sequen
             secret = argument.split("=")[0].endswith("token")
         if not secret:
             kept.append(argument)
-    run = {"data": asdict(data), "seed": seed, "arguments": kept}
+    run = {"data": asdict(data), "seed": seed, "versions": versions(), "arguments": kept}
     report.write_text(folder / RUN_FILE, report.to_json(run))
 
 

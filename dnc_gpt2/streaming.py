@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import datasets
 import torch
@@ -13,6 +14,14 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from .data import DataError, document_starts, encode_record, require_at_least
+
+
+class Place(NamedTuple):
+    """Where a process stands in a stream."""
+
+    rows: list[tuple[Tensor, Tensor]]  # of each row what it has not given yet: tokens, and where documents start
+    passes: int  # that are over
+    records: dict[str, Any]  # state of the records' iterator
 
 
 class StreamedExamples(torch.utils.data.IterableDataset):
@@ -109,11 +118,22 @@ class StreamedExamples(torch.utils.data.IterableDataset):
                 )
             self.passes, resumed = self.passes + 1, False
 
+    def place(self) -> Place:
+        """Where this process stands."""
+        return Place(list(self._rows), self.passes, self.records.state_dict())
+
+    def go_to(self, place: Place) -> None:
+        """Go on from where `place` was called."""
+        self._rows, self.passes = list(place.rows), place.passes
+        self.records.load_state_dict(place.records)
+        self._documents = self._read(resumed=True)
+
     def save(self, path: Path) -> None:
-        """Write where this process stands: its place in the corpus and what its rows have not given yet."""
-        rows = {str(i): torch.stack([tokens, starts.long()]) for i, (tokens, starts) in enumerate(self._rows)}
-        place = {"world_size": self.world_size, "passes": self.passes, "records": self.records.state_dict()}
-        save_file(rows, path, metadata={name: json.dumps(value) for name, value in place.items()})
+        """Write where this process stands."""
+        here = self.place()
+        rows = {str(i): torch.stack([tokens, starts.long()]) for i, (tokens, starts) in enumerate(here.rows)}
+        facts = {"world_size": self.world_size, "passes": here.passes, "records": here.records}
+        save_file(rows, path, metadata={name: json.dumps(value) for name, value in facts.items()})
 
     def load(self, path: Path) -> None:
         """Go on from where `save` was called.
@@ -122,14 +142,11 @@ class StreamedExamples(torch.utils.data.IterableDataset):
             DataError: that was with other numbers of rows or processes.
         """
         with safe_open(path, framework="pt") as file:
-            place = {name: json.loads(value) for name, value in file.metadata().items()}
+            facts = {name: json.loads(value) for name, value in file.metadata().items()}
             rows = [file.get_tensor(str(i)) for i in range(len(file.keys()))]
-        if (place["world_size"], len(rows)) != (self.world_size, len(self._rows)):
+        if (facts["world_size"], len(rows)) != (self.world_size, len(self._rows)):
             raise DataError(
-                f"{path} is of {place['world_size']} processes with {len(rows)} rows each, not of {self.world_size} "
+                f"{path} is of {facts['world_size']} processes with {len(rows)} rows each, not of {self.world_size} "
                 f"with {len(self._rows)}: resume with the processes, batch size and accumulation that wrote it"
             )
-        self._rows = [(tokens, starts.bool()) for tokens, starts in rows]
-        self.passes = place["passes"]
-        self.records.load_state_dict(place["records"])
-        self._documents = self._read(resumed=True)
+        self.go_to(Place([(tokens, starts.bool()) for tokens, starts in rows], facts["passes"], facts["records"]))

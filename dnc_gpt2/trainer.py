@@ -1,10 +1,14 @@
 """Training of either model on the same targets: `DNCTrainer` and its arguments."""
 
+import logging
+import math
+import shutil
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,17 +17,26 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import IntervalStrategy
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy, rotate_checkpoints
 
 from memory_dnc_gpt2 import MemoryState
 
 from .attribution import effective_writes, reads_beyond_window
-from .data import IGNORED, ExampleDataset, StreamBatchSampler, collate
+from .checkpoints import check_versions, close, fault, newest_whole, numbered, reading, saving
+from .data import EMPTY, IGNORED, ExampleDataset, StreamBatchSampler, collate
 from .evaluation import evaluate, write_entropy
 from .histograms import report_histogram
 from .metrics import OPEN_GATE
 from .models import allow_loss_without_logits, backbone_inputs, has_memory
-from .streaming import StreamedExamples
+from .report import replacing
+from .streaming import Place, StreamedExamples
+
+logger = logging.getLogger(__name__)
+
+
+class NonFiniteError(ValueError):
+    """A loss or a gradient is not finite; the message names step, batch and term, and what was saved."""
+
 
 GATE_BINS = 20
 """Bins of the write gates' histogram."""
@@ -58,6 +71,7 @@ class DNCTrainingArguments(TrainingArguments):
                 raise ValueError(f"{name}={getattr(self, name)} is not allowed; it must be a finite number above 0.")
         if self.ddp_find_unused_parameters is None:
             self.ddp_find_unused_parameters = False  # every parameter of both models has a gradient in every step
+        self.logging_nan_inf_filter = False  # which would hide what `DNCTrainer` stops at
         output_dir = self.output_dir
         if not torch.accelerator.is_available():
             self.use_cpu = True
@@ -80,6 +94,16 @@ class _EvaluateBeforeSaving(TrainerCallback):
     on_epoch_end = on_step_end
 
 
+class _StepStart(NamedTuple):
+    """What a training step changes before the weights, as it was before the step."""
+
+    random: Tensor  # state of torch's generator on the processor
+    device_random: Tensor | None  # and on the accelerator
+    memory_states: dict[int, MemoryState]
+    sums: dict[str, Tensor]
+    tr_loss: Tensor
+
+
 class DNCTrainer(Trainer):
     """`Trainer` for `DNCGPT2LMHeadModel` and, without the memory's terms, for `GPT2LMHeadModel`.
 
@@ -97,6 +121,10 @@ class DNCTrainer(Trainer):
     all), `read_strength` (of the content addressing, over the heads), `reads_beyond_window` (see `attribution`; a row
     of a carried state that is not zero counts as written); and to the trackers of `report_to` that know histograms,
     the histogram of the gates.
+
+    A checkpoint is whole once it has its manifest (`dnc_gpt2.checkpoints`), and resuming from it gives what an unbroken
+    run gives. A loss or gradient that is not finite ends training with `NonFiniteError`, before the weights change and
+    after the state before the step was saved.
 
     Args:
         carry_memory: train on contiguous streams whose memory passes, detached, from step to step, and evaluate so.
@@ -127,6 +155,8 @@ class DNCTrainer(Trainer):
         self.memory_states: dict[int, MemoryState] = {}  # by micro-batch of an accumulated batch
         self._sums: Counter[str] = Counter()  # of the log, since the last one, over this process's scored targets
         self._memory_sums: Counter[str] = Counter()  # the same of the steps that are logged
+        self._terms: list[dict[str, Tensor]] = []  # the loss terms of this step, by micro-batch
+        self._closed: Path | None = None  # the last whole checkpoint of this trainer
         super().__init__(
             model=model,
             args=args,
@@ -140,13 +170,40 @@ class DNCTrainer(Trainer):
         if eval_dataset is not None:
             self.add_callback(_EvaluateBeforeSaving())
 
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any):
+        """As in transformers; `True` means the newest whole checkpoint.
+
+        Raises:
+            ValueError: the checkpoint is not whole, cannot be read or is of another model.
+            NonFiniteError: a loss or gradient is not finite.
+            OSError: a checkpoint cannot be written.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint, _ = newest_whole(self.args.output_dir)
+            if resume_from_checkpoint is None:
+                raise ValueError(f"{self.args.output_dir} holds no whole checkpoint to resume from.")
+        if resume_from_checkpoint:
+            resume_from_checkpoint = str(resume_from_checkpoint)
+            if reason := fault(resume_from_checkpoint):
+                raise ValueError(
+                    f"{resume_from_checkpoint} is not a whole checkpoint ({reason}); resume from another one."
+                )
+            for name, (then, now) in check_versions(resume_from_checkpoint).items():
+                logger.warning("%s was written with %s %s, not %s.", resume_from_checkpoint, name, then, now)
+            if Path(resume_from_checkpoint).parent.resolve() == Path(self.args.output_dir).resolve():
+                self._closed = Path(self.args.output_dir) / Path(resume_from_checkpoint).name
+            with reading(resume_from_checkpoint):
+                TrainerState.load_from_json(str(Path(resume_from_checkpoint) / TRAINER_STATE_NAME))
+        return super().train(resume_from_checkpoint or None, *args, **kwargs)
+
     def load_finished(self, checkpoint: str) -> bool:
         """Load model and state of a checkpoint if no step is left to train: `Trainer.train` would train one more.
 
         Returns:
             Whether it was so.
         """
-        state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
+        with reading(checkpoint):
+            state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
         *_, max_steps = self.set_initial_training_values(self.args, self.get_train_dataloader())
         if state.global_step < max_steps:
             return False
@@ -184,10 +241,24 @@ class DNCTrainer(Trainer):
         )
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
+        self._place: Place | None = self.train_dataset.place() if self.streaming else None
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         for index, batch in enumerate(batches):
             batch["micro_batch"] = index
         return batches, num_items
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        if inputs["micro_batch"] == 0:
+            self._terms = []
+            device = torch.get_device_module(self.args.device) if self.args.device.type != "cpu" else None
+            self._step_start = _StepStart(
+                torch.get_rng_state(),
+                device.get_rng_state() if device is not None else None,
+                dict(self.memory_states),
+                dict(self._sums),
+                self._tr_loss.clone(),
+            )
+        return super().training_step(model, inputs, num_items_in_batch)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         inputs = dict(inputs)
@@ -204,9 +275,10 @@ class DNCTrainer(Trainer):
         num_items = scored.sum() if num_items_in_batch is None else num_items_in_batch
         outputs = model(**inputs, num_items_in_batch=num_items, use_cache=False, output_logits=False)
         loss = outputs.loss
-        self._sums["targets"] += scored.sum()
-        self._sums["lm_loss"] += loss.detach() * num_items
-        self._sums["top1_acc"] += outputs.correct.sum()
+        self._add("targets", scored.sum())
+        self._add("lm_loss", loss.detach() * num_items)
+        self._add("top1_acc", outputs.correct.sum())
+        self._terms.append({"L_LM": loss.detach()})
         if memory:
             if self.carry_memory and model.training:
                 self.memory_states[micro_batch] = outputs.memory_state.detach()
@@ -220,17 +292,19 @@ class DNCTrainer(Trainer):
     def _memory_terms(self, outputs, scored: Tensor, addressing: str) -> Tensor:
         """Weighted sum over scored targets of the memory's loss terms; adds each to the log."""
         gates = outputs.write_gates * scored
-        self._sums["write_gate"] += gates.detach().sum()
+        self._add("write_gate", gates.detach().sum())
         # "simplified" write weights do not contain the gate.
         share = scored if addressing == "simplified" else gates.detach()
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.args.lambda_entropy > 0):
             entropy = (share * write_entropy(outputs.write_weights)).sum()
-        self._sums["entropy_loss"] += entropy.detach()
+        self._add("entropy_loss", entropy.detach())
+        self._terms[-1]["L_entropy"] = entropy.detach()
         total = self.args.lambda_entropy * entropy
         if self.args.lambda_routing > 0:
             # Not scored or not in the sample: the divergence is 0.
             routing = -(gates * outputs.divergence).sum() / self.args.routing_sample
-            self._sums["routing_loss"] += routing.detach()
+            self._add("routing_loss", routing.detach())
+            self._terms[-1]["L_routing"] = routing.detach()
             total = total + self.args.lambda_routing * routing
         return total
 
@@ -256,6 +330,61 @@ class DNCTrainer(Trainer):
         sums["read_strength"] += (outputs.read_strengths.mean(-1) * scored).sum()
         sums["reads_beyond_window"] += (beyond * scored).sum()
         sums["gate_histogram"] += torch.histc(gates[scored].float(), GATE_BINS, 0, 1)
+
+    def _add(self, name: str, value: Tensor) -> None:
+        self._sums[name] = self._sums[name] + value  # not in place: what a step starts from is kept
+
+    # Numbers that are not finite
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        norm = super()._get_grad_norm(model, grad_norm)
+        self._require_finite(model, norm)
+        return norm
+
+    def _require_finite(self, model, grad_norm: Tensor | float) -> None:
+        """Once a step, after all its micro-batches and before the weights change, in all processes alike."""
+        finite = torch.stack([torch.stack([*terms.values()]).isfinite().all() for terms in self._terms])
+        everywhere = self.accelerator.gather(finite.all().int()[None]).tolist()  # by process
+        # With fp16 a gradient may overflow: the scaler leaves that step out.
+        if all(everywhere) and (self.accelerator.scaler is not None or math.isfinite(grad_norm)):
+            return
+        step = self.state.global_step + 1
+        found = [
+            f"{name} is {float(x):g} in micro-batch {index} of process {self.args.process_index}, {self._where(index)}"
+            for index, terms in enumerate(self._terms)
+            for name, x in terms.items()
+            if not math.isfinite(x)
+        ]
+        if not found and all(everywhere):
+            batches = "; ".join(self._where(index) for index in range(len(self._terms)))
+            found = [f"all loss terms are finite, but the gradient's norm is {float(grad_norm):g} ({batches})"]
+        elif not found:
+            found = [f"in process {everywhere.index(0)}"]
+        start = self._step_start
+        torch.set_rng_state(start.random)
+        if start.device_random is not None:
+            torch.get_device_module(self.args.device).set_rng_state(start.device_random)
+        self.memory_states, self._sums = start.memory_states, Counter(start.sums)
+        self._tr_loss.copy_(start.tr_loss)
+        if self.streaming:
+            self.train_dataset.go_to(self._place)
+        self._save_checkpoint(model, None)
+        raise NonFiniteError(
+            f"step {step}: the loss is not finite: {'; '.join(found)}. {self._checkpoint_folder()} holds the state "
+            "before this step. Lower --learning_rate, check the data named here, or leave the term out."
+        )
+
+    def _where(self, micro_batch: int) -> str:
+        """Which data a micro-batch of the step under way holds."""
+        if self.streaming:
+            return f"examples number {self.state.global_step + 1} of its rows in the stream"
+        sampler = self.get_train_dataloader().batch_sampler
+        epoch, step = divmod(self.state.global_step, len(sampler) // self.args.gradient_accumulation_steps)
+        sampler.set_epoch(epoch)
+        number = step * self.args.gradient_accumulation_steps + micro_batch
+        examples = [index for index in next(islice(sampler, number, None)) if index != EMPTY]
+        ranges = [self.train_dataset.target_range(index) for index in examples]
+        return f"examples {examples} (tokens {', '.join(f'{a} to {b}' for a, b in ranges)} of the training text)"
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self.streaming:  # transformers counts from the last resumption; a stream has no epochs
@@ -306,13 +435,113 @@ class DNCTrainer(Trainer):
         if not (Path(self.args.output_dir) / "README.md").is_file():
             super().create_model_card(*args, **kwargs)
 
-    # The carried memory and the place in a streamed corpus are, like the random state, what a process needs to go on as
-    # if nothing had happened.
+    # Checkpoints: whole or not there
+
+    def _checkpoint_folder(self) -> Path:
+        return Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+
+    def _save_checkpoint(self, model, trial) -> None:
+        folder = self._checkpoint_folder()
+        if folder == self._closed:  # at the end of a step that ends an epoch
+            return
+        limit, self.args.save_total_limit = self.args.save_total_limit, None  # older ones go when this one is whole
+        replaced = folder.with_name(f".{folder.name}.replaced")
+        try:
+            with saving(folder, self.args.output_dir):
+                if self.args.should_save and folder.is_dir():
+                    shutil.rmtree(replaced, ignore_errors=True)
+                    folder.rename(replaced)
+                self.accelerator.wait_for_everyone()
+                super()._save_checkpoint(model, trial)
+                if not self.args.push_to_hub:
+                    self._close(folder)
+        except BaseException:
+            if self.args.should_save and self._closed != folder:  # makes room for what else is to be written
+                shutil.rmtree(folder, ignore_errors=True)
+                if replaced.is_dir():
+                    replaced.rename(folder)
+            raise
+        finally:
+            self.args.save_total_limit = limit
+        if self.args.should_save:
+            shutil.rmtree(replaced, ignore_errors=True)
+            if limit is not None:
+                for path in filter(fault, numbered(folder.parent)):  # half-written ones do not count
+                    shutil.rmtree(path, ignore_errors=True)
+            rotate_checkpoints(
+                output_dir=self.args.output_dir,
+                save_total_limit=limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+            )
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        self._close(Path(checkpoint_folder))
+        super()._push_from_checkpoint(checkpoint_folder)
+
+    def _close(self, folder: Path) -> None:
+        self.accelerator.wait_for_everyone()  # every process has written its part
+        if self.args.should_save:
+            close(folder, step=self.state.global_step, seed=self.args.seed)
+        self.accelerator.wait_for_everyone()
+        self._closed = folder
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As in transformers.
+
+        Raises:
+            OSError: the model cannot be written.
+        """
+        if _internal_call:
+            return super().save_model(output_dir, _internal_call)
+        with saving(output_dir or self.args.output_dir, self.args.output_dir):
+            super().save_model(output_dir)
+
+    def save_state(self) -> None:
+        """As in transformers, but a reader sees the old state or the new, never a part."""
+        if self.args.should_save:
+            with replacing(Path(self.args.output_dir) / TRAINER_STATE_NAME) as temporary:
+                self.state.save_to_json(str(temporary))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        with reading(resume_from_checkpoint):
+            if any(Path(resume_from_checkpoint).glob("pytorch_model*.bin*")):
+                raise ValueError("its weights are pickled (pytorch_model.bin); only safetensors are read")
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        tied = self.accelerator.unwrap_model(self.model)._tied_weights_keys or ()
+        wrong = {
+            "missing": [name for name in load_result.missing_keys if name not in tied],
+            "unknown": load_result.unexpected_keys,
+        }
+        if any(wrong.values()):
+            raise ValueError("; ".join(f"{kind} tensors: {', '.join(names)}" for kind, names in wrong.items() if names))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        with reading(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+            for group in self.optimizer.param_groups:
+                for parameter in group["params"]:
+                    for name in ("exp_avg", "exp_avg_sq", "momentum_buffer"):
+                        moment = self.optimizer.state.get(parameter, {}).get(name)
+                        if moment is not None and moment.shape != parameter.shape:
+                            raise ValueError(
+                                f"the optimizer's {name} has the shape {tuple(moment.shape)} for a parameter of the "
+                                f"shape {tuple(parameter.shape)}"
+                            )
+
+    # The carried memory, the place in a streamed corpus and what is still to be logged are, like the random state, what
+    # a process needs to go on as if nothing had happened.
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
         if self.streaming:
             self.train_dataset.save(self._data_file(output_dir))
+        logged = torch.tensor(self._globalstep_last_logged)
+        sums = {"tr_loss": self._tr_loss, "last_logged": logged, **{f"sum.{k}": x for k, x in self._sums.items()}}
+        save_file({name: x.clone() for name, x in sums.items()}, self._log_file(output_dir), metadata={"format": "pt"})
         if self.carry_memory and self.memory_states:
             tensors = {
                 f"{index}.{name}": x.contiguous()
@@ -323,19 +552,35 @@ class DNCTrainer(Trainer):
             save_file(tensors, self._memory_file(output_dir), metadata={"format": "pt"})
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        super()._load_rng_state(checkpoint)
-        if checkpoint is not None and self.streaming:
-            self._require(self._data_file(checkpoint), "--streaming")
-            self.train_dataset.load(self._data_file(checkpoint))
-        if checkpoint is None or not self.carry_memory or not has_memory(self.accelerator.unwrap_model(self.model)):
+        if checkpoint is None:
             return
-        path = self._memory_file(checkpoint)
-        self._require(path, "--carry_memory")
+        with reading(checkpoint):
+            super()._load_rng_state(checkpoint)
+            self._load_log(self._log_file(checkpoint))
+            if self.streaming:
+                self._require(self._data_file(checkpoint), "--streaming")
+                self.train_dataset.load(self._data_file(checkpoint))
+            if self.carry_memory and has_memory(self.accelerator.unwrap_model(self.model)):
+                self._load_memory(self._memory_file(checkpoint))
+
+    def _load_log(self, path: Path) -> None:
+        self._require(path, "options")
+        sums = {name: x.to(self.args.device) for name, x in load_file(path).items()}
+        self._tr_loss.copy_(sums.pop("tr_loss"))
+        self._globalstep_last_logged = int(sums.pop("last_logged"))
+        self._sums = Counter({name.removeprefix("sum."): x for name, x in sums.items()})
+
+    def _load_memory(self, path: Path) -> None:
+        if self.state.global_step > 0:  # before the first step there is no memory
+            self._require(path, "--carry_memory")
         states: dict[int, dict[str, Tensor | None]] = {}
-        for name, x in load_file(path).items():
+        for name, x in load_file(path).items() if path.is_file() else ():
             index, field_name = name.split(".")
             states.setdefault(int(index), dict.fromkeys(MemoryState._fields))[field_name] = x.to(self.args.device)
         self.memory_states = {index: MemoryState(**state) for index, state in states.items()}
+        memory = self.accelerator.unwrap_model(self.model).transformer.memory
+        for state in self.memory_states.values():
+            memory.check_state(state, self.args.per_device_train_batch_size)
 
     @staticmethod
     def _require(path: Path, option: str) -> None:
@@ -347,6 +592,9 @@ class DNCTrainer(Trainer):
 
     def _memory_file(self, folder: str) -> Path:
         return Path(folder) / f"memory_state_{self.args.process_index}.safetensors"
+
+    def _log_file(self, folder: str) -> Path:
+        return Path(folder) / f"log_state_{self.args.process_index}.safetensors"
 
     def _data_file(self, folder: str) -> Path:
         return Path(folder) / f"data_state_{self.args.process_index}.safetensors"
