@@ -368,6 +368,9 @@ class DNCMemory(nn.Module):
     def check_state(self, state: MemoryState, batch_size: int) -> None:
         """Raise a ValueError that names the field where `state` does not fit this memory and batch."""
         for (name, shape), tensor in zip(self.state_shapes.items(), state, strict=True):
+            if not isinstance(tensor, Tensor | None) or (tensor is not None and tensor.is_meta):
+                kind = type(tensor).__name__ if not isinstance(tensor, Tensor) else "tensor without data, on meta"
+                raise ValueError(f"memory_state.{name} is a {kind}: pass the state that the model returned.")
             found = None if tensor is None else tuple(tensor.shape)
             expected = None if shape is None else (batch_size, *shape)
             if found != expected:
@@ -503,6 +506,7 @@ class DNCMemory(nn.Module):
         controls = self._per_head(self.read_control(hidden)).split(self.read_control_sizes, dim=-1)
         read_strength, free_gate, *links = controls
         masks = torch.sigmoid(self.content_masks(hidden)) if config.masked_content else None
+        full = torch.promote_types(hidden.dtype, torch.float32)  # modes rounded to half precision do not sum to 1
         return MemoryInterface(
             write_keys=self.write_key(hidden),
             write_strengths=one_plus(strength),
@@ -513,7 +517,7 @@ class DNCMemory(nn.Module):
             read_keys=self._per_head(self.read_key(hidden)),
             read_strengths=one_plus(read_strength.squeeze(-1)),
             free_gates=torch.sigmoid(free_gate.squeeze(-1)),
-            read_modes=torch.softmax(links[0], dim=-1) if links else None,
+            read_modes=torch.softmax(links[0], dim=-1, dtype=full) if links else None,
             write_masks=None if masks is None else masks[..., : config.mem_width],
             read_masks=None if masks is None else self._per_head(masks[..., config.mem_width :]),
             link_sharpness=one_plus(links[1]) if len(links) > 1 else None,
