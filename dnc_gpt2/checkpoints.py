@@ -2,26 +2,18 @@
 
 import json
 import os
-import platform
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 from transformers.trainer import TRAINER_STATE_NAME
 
-from .report import replacing
+from .report import replacing, versions
 
 MANIFEST = "manifest.json"
-
-
-def versions() -> dict[str, str]:
-    """Versions of what a result depends on."""
-    packages = ("torch", "transformers", "datasets", "accelerate", "evaluate", "tokenizers")
-    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
 
 
 def close(folder: str | os.PathLike, **facts: Any) -> None:

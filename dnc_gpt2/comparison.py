@@ -15,7 +15,6 @@ from transformers.trainer import TRAINER_STATE_NAME
 from configuration_dnc_gpt2 import DNCGPT2Config
 
 from . import plots, report
-from .checkpoints import versions
 from .corpus import Corpus, Exam, load_corpus
 from .data import DataArguments, ExampleDataset, TokenizedText, load_tokenizer, split_end, tokenize_texts
 from .evaluation import Runner, evaluate

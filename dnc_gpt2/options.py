@@ -18,9 +18,9 @@ from transformers import HfArgumentParser, TrainingArguments
 from configuration_dnc_gpt2 import DNCGPT2Config
 
 from . import report
-from .checkpoints import versions
 from .data import DataArguments
 from .opponents import OPPONENTS, opponent_names
+from .report import versions
 
 
 def _text(value: str) -> str:
