@@ -1,4 +1,4 @@
-"""Figures of a run and of an inspected text, dark, as PNG, with seed (where known) and versions as their metadata."""
+"""Figures of a run, a study and an inspected text, dark, as PNG, with seed (where known) and versions as metadata."""
 
 import math
 import os
@@ -246,6 +246,29 @@ def _rows(shown: Sequence[str], spaced: Sequence[bool]) -> list[tuple[int, int]]
 def _finite(value: Any) -> float:
     value = float(value)
     return value if math.isfinite(value) else math.nan
+
+
+def shares_by_distance(
+    panels: Mapping[str, Mapping[str, Points]], path: str | os.PathLike, distance: str = "distance"
+) -> None:
+    """Plot shares between 0 and 1 over distances that double, a panel beside the other, and save the PNG.
+
+    Args:
+        panels: title -> name of a line -> its points (distance, share). A name has the same colour in every panel.
+        path: file to write, replaced in one step.
+        distance: what the horizontal axis counts.
+    """
+    figure = _figure(5.5 * len(panels), 4.8)
+    names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
+    for axes, (title, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        _style(axes, title, distance, "")
+        for name, points in lines.items():
+            _draw(axes, points, names.index(name), name, linewidth=2)
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+        axes.set_ylim(-0.03, 1.03)
+        axes.yaxis.set_major_formatter(_PERCENT)
+    _save(figure, path, None)
 
 
 def history_points(history: Sequence[Mapping[str, Any]], *keys: str) -> Points:

@@ -131,6 +131,77 @@ def biographies(num_documents: int, seed: int, *, people: int = 7, rounds: int =
     return RecallText(documents, questions)
 
 
+def distant_questions(
+    num_documents: int, seed: int, *, distance: int, facts: int = 8, distractors: int = 0
+) -> RecallText:
+    """Registers that state some facts, speak of something else for long, and then ask for all of them.
+
+    The facts and the questions are sentences of `biographies`, without openers. Between them stands filler, and spread
+    evenly through it other facts, about other people, that nobody asks for. A document has 8 * `facts` + `distance`
+    words and full stops.
+
+    Args:
+        num_documents: how many documents, at least 1.
+        seed: seed of the draws.
+        distance: words and full stops between the last fact and the first question.
+        facts: facts asked for, 1 to 72: three of each of up to half the names.
+        distractors: other facts in between, of 4 words and full stops each. They fit into `distance`. Where they are
+            more than the names have facts, a fact is stated again, with another value.
+
+    Raises:
+        ValueError: an argument outside its range.
+    """
+    people = -(-facts // len(VALUES))
+    for name, value, allowed, limit in (
+        ("num_documents", num_documents, num_documents >= 1, "at least 1"),
+        ("facts", facts, 1 <= people <= len(NAMES) // 2, f"from 1 to {len(NAMES) // 2 * len(VALUES)}"),
+        ("distance", distance, distance >= 0, "at least 0"),
+        ("distractors", distractors, 0 <= 4 * distractors <= distance, f"from 0 to a quarter of distance={distance}"),
+    ):
+        if not allowed:
+            raise ValueError(f"distant_questions: {name}={value!r} is not allowed; it must be {limit}.")
+    rng = random.Random(seed)
+    documents: list[str] = []
+    questions: list[Question] = []
+    for document in range(num_documents):
+        names = rng.sample(NAMES, len(NAMES))
+        asked = rng.sample([(kind, name) for name in names[:people] for kind in VALUES], facts)
+        others = [(kind, name) for name in names[people:] for kind in VALUES]
+        values = {fact: rng.choice(VALUES[fact[0]]) for fact in asked}
+        text, stated = "", {}
+        for fact in asked:
+            text += f"{' '.join(fact)} {values[fact]}. "
+            stated[fact] = len(text) - 2
+        text += " ".join(_between(others, distance, distractors, rng)) + " " * (distance > 0)
+        for fact in rng.sample(asked, facts):
+            text += " ".join(fact) + " "
+            start, end = len(text), len(text) + len(values[fact])
+            questions.append(Question(document, start, end, stated[fact], fact[0], values[fact]))
+            text += f"{values[fact]}. "
+        documents.append(text.rstrip())
+    return RecallText(documents, questions)
+
+
+def _between(others: list[tuple[str, str]], distance: int, distractors: int, rng: random.Random) -> Iterator[str]:
+    """Yield sentences of `distance` words and full stops, the last one cut off where need be.
+
+    The other facts stand evenly spread between sentences of filler.
+    """
+    others = rng.sample(others, len(others))
+    written = stated = 0
+    while written < distance:
+        room = distance - written - 4 * (distractors - stated)  # for filler
+        if stated < distractors and (room == 0 or written * (distractors + 1) >= (stated + 1) * distance):
+            kind, name = others[stated % len(others)]
+            yield f"{kind} {name} {rng.choice(VALUES[kind])}."
+            stated, written = stated + 1, written + 4
+        else:
+            words = rng.choice(_FILLER).removesuffix(".").split()
+            whole = len(words) < room
+            yield " ".join(words[:room]) + "." * whole
+            written += min(len(words) + 1, room)
+
+
 def _order_of_mentions(
     facts: list[tuple[str, str]], rounds: int, rng: random.Random
 ) -> Iterator[tuple[str, str] | None]:

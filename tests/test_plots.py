@@ -9,7 +9,7 @@ from matplotlib.image import imread
 from PIL import Image
 
 from dnc_gpt2.inspection import Inspection
-from dnc_gpt2.plots import loss_profile, recall_by_distance, slots, tokens, training_curves
+from dnc_gpt2.plots import loss_profile, recall_by_distance, shares_by_distance, slots, tokens, training_curves
 
 HISTORY = [
     {"step": 10, "loss": 9.0, "lm_loss": 8.0, "top1_acc": 0.1, "learning_rate": 1e-3},
@@ -174,3 +174,14 @@ def test_slots_show_the_age_of_what_they_hold_and_how_many_are_in_use(saved, ins
     assert ages.shape == (4, 60) and ages[1, 5] == 0 and ages[1, 59] == 54
     assert ages.mask[0].all() and ages.mask[1, :5].all() and not ages.mask[1, 5:].any()
     assert saved[0].axes[1].get_lines()[0].get_ydata()[[0, 59]].tolist() == [0, 0.25]
+
+
+def test_shares_have_a_panel_each_and_a_colour_for_each_name(saved, tmp_path):
+    panels = {"Recall": {"a": [(1, 1.0), (1000, 0.5)], "b": [(1, 0.9)]}, "Left": {"b": [(1, 0.8), (2, 0.4)]}}
+    shares_by_distance(panels, tmp_path / "shares.png", "windows")
+    assert imread(tmp_path / "shares.png").std() > 0
+    (figure,) = saved
+    assert [axes.get_title() for axes in figure.axes] == ["Recall", "Left"]
+    assert all(axes.get_xscale() == "log" and axes.get_xlabel() == "windows" for axes in figure.axes)
+    assert lines(figure, 0) == panels["Recall"] and lines(figure, 1) == panels["Left"]
+    assert figure.axes[0].get_lines()[1].get_color() == figure.axes[1].get_lines()[0].get_color()

@@ -14,6 +14,7 @@ from dnc_gpt2.tasks import (
     LocatedQuestion,
     Question,
     biographies,
+    distant_questions,
     locate,
     recall,
     recall_by_guessing,
@@ -156,6 +157,42 @@ def test_biographies_refuses_impossible_sizes(arguments):
     (name,) = arguments
     with pytest.raises(ValueError, match=rf"{name}={arguments[name]} is not allowed"):
         biographies(**{"num_documents": 1, "seed": 0, **arguments})
+
+
+@pytest.mark.parametrize("distance, distractors", [(0, 0), (1, 0), (37, 3), (40, 10), (992, 16), (3000, 200)])
+def test_distant_questions_ask_for_all_facts_after_just_so_much_else(distance, distractors):
+    text = distant_questions(3, seed=5, distance=distance, facts=8, distractors=distractors)
+    assert len(text.questions) == 3 * 8
+    for number, document in enumerate(text.documents):
+        words = list(re.finditer(r"\w+|\.", document))
+        assert len(words) == 2 * 32 + distance
+        mentions = list(MENTION.finditer(document))
+        first, others, last = mentions[:8], mentions[8:-8], mentions[-8:]
+        assert last[0].start() == words[32 + distance].start() and first[-1].end() == words[30].end()
+        assert len(others) == distractors
+        assert not {mention[2] for mention in others} & {mention[2] for mention in first}
+        facts = {mention.groups()[:2]: (mention[3], mention.end()) for mention in first}
+        expected = [
+            Question(number, mention.start(3), mention.end(3), facts[mention.groups()[:2]][1], mention[1], mention[3])
+            for mention in last
+        ]
+        assert [question for question in text.questions if question.document == number] == expected
+        assert all(facts[mention.groups()[:2]][0] == mention[3] for mention in last) and len(facts) == 8
+
+
+def test_distractors_stand_evenly_between_whole_sentences():
+    (document,) = distant_questions(1, seed=5, distance=1000, distractors=9).documents
+    others = [document[: mention.start()] for mention in MENTION.finditer(document)][8:-8]
+    assert all(before.endswith(". ") for before in others)
+    words = [len(re.findall(r"\w+|\.", before)) - 32 for before in others]
+    assert all(abs(place - 100 * (i + 1)) < 12 for i, place in enumerate(words))
+
+
+@pytest.mark.parametrize("arguments", [{"num_documents": 0}, {"facts": 73}, {"distance": -1}, {"distractors": 26}])
+def test_distant_questions_refuses_impossible_sizes(arguments):
+    (name,) = arguments
+    with pytest.raises(ValueError, match=rf"{name}={arguments[name]} is not allowed"):
+        distant_questions(**{"num_documents": 1, "seed": 0, "distance": 100, **arguments})
 
 
 def test_locate_and_recall_refuse_inputs_that_do_not_belong_together(text, tokenized):
