@@ -14,6 +14,7 @@ import random
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 
@@ -132,13 +133,13 @@ def biographies(num_documents: int, seed: int, *, people: int = 7, rounds: int =
 
 
 def distant_questions(
-    num_documents: int, seed: int, *, distance: int, facts: int = 8, distractors: int = 0
+    num_documents: int, seed: int, *, distance: int, facts: int = 8, distractors: int = 0, ask_all: bool = False
 ) -> RecallText:
     """Registers that state some facts, speak of something else for long, and then ask for all of them.
 
     The facts and the questions are sentences of `biographies`, without openers. Between them stands filler, and spread
-    evenly through it other facts, about other people, that nobody asks for. A document has 8 * `facts` + `distance`
-    words and full stops.
+    evenly through it other facts, about other people. A document has 4 words and full stops a fact, `distance` in
+    between, and 4 a question.
 
     Args:
         num_documents: how many documents, at least 1.
@@ -147,6 +148,8 @@ def distant_questions(
         facts: facts asked for, 1 to 72: three of each of up to half the names.
         distractors: other facts in between, of 4 words and full stops each. They fit into `distance`. Where they are
             more than the names have facts, a fact is stated again, with another value.
+        ask_all: ask for the other facts too, those first stated and those in between in one order, so that a model
+            which is trained on it cannot tell by its place which fact it will need.
 
     Raises:
         ValueError: an argument outside its range.
@@ -165,40 +168,48 @@ def distant_questions(
     questions: list[Question] = []
     for document in range(num_documents):
         names = rng.sample(NAMES, len(NAMES))
-        asked = rng.sample([(kind, name) for name in names[:people] for kind in VALUES], facts)
+        first = rng.sample([(kind, name) for name in names[:people] for kind in VALUES], facts)
         others = [(kind, name) for name in names[people:] for kind in VALUES]
-        values = {fact: rng.choice(VALUES[fact[0]]) for fact in asked}
         text, stated = "", {}
-        for fact in asked:
-            text += f"{' '.join(fact)} {values[fact]}. "
-            stated[fact] = len(text) - 2
-        text += " ".join(_between(others, distance, distractors, rng)) + " " * (distance > 0)
-        for fact in rng.sample(asked, facts):
+        for sentence, fact in chain(
+            ((_statement(fact, rng), fact) for fact in first), _between(others, distance, distractors, rng)
+        ):
+            text += sentence + " "
+            if fact is not None:
+                stated[fact] = len(text) - 2, sentence.split()[-1][:-1]
+        asked = list(stated) if ask_all else first
+        for fact in rng.sample(asked, len(asked)):
+            fact_end, answer = stated[fact]
             text += " ".join(fact) + " "
-            start, end = len(text), len(text) + len(values[fact])
-            questions.append(Question(document, start, end, stated[fact], fact[0], values[fact]))
-            text += f"{values[fact]}. "
+            questions.append(Question(document, len(text), len(text) + len(answer), fact_end, fact[0], answer))
+            text += f"{answer}. "
         documents.append(text.rstrip())
     return RecallText(documents, questions)
 
 
-def _between(others: list[tuple[str, str]], distance: int, distractors: int, rng: random.Random) -> Iterator[str]:
-    """Yield sentences of `distance` words and full stops, the last one cut off where need be.
+def _statement(fact: tuple[str, str], rng: random.Random) -> str:
+    return f"{' '.join(fact)} {rng.choice(VALUES[fact[0]])}."
 
-    The other facts stand evenly spread between sentences of filler.
+
+def _between(
+    others: list[tuple[str, str]], distance: int, distractors: int, rng: random.Random
+) -> Iterator[tuple[str, tuple[str, str] | None]]:
+    """Yield sentences of `distance` words and full stops, the last one cut off where need be, and their facts.
+
+    The other facts stand evenly spread between sentences of filler, whose fact is None.
     """
     others = rng.sample(others, len(others))
     written = stated = 0
     while written < distance:
         room = distance - written - 4 * (distractors - stated)  # for filler
         if stated < distractors and (room == 0 or written * (distractors + 1) >= (stated + 1) * distance):
-            kind, name = others[stated % len(others)]
-            yield f"{kind} {name} {rng.choice(VALUES[kind])}."
+            fact = others[stated % len(others)]
+            yield _statement(fact, rng), fact
             stated, written = stated + 1, written + 4
         else:
             words = rng.choice(_FILLER).removesuffix(".").split()
             whole = len(words) < room
-            yield " ".join(words[:room]) + "." * whole
+            yield " ".join(words[:room]) + "." * whole, None
             written += min(len(words) + 1, room)
 
 

@@ -1,5 +1,6 @@
 """The benchmarks run, and compare equals with equals. What they measure here, on tiny sizes, means nothing."""
 
+import functools
 import inspect
 import json
 import sys
@@ -11,12 +12,14 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks" / "quality"))
 
+import associative_recall
 import decoding
 import long_examples
 import origin_loop
 import other_dnc
 import peak_memory
 import real_text
+import recall_distance
 import scaling
 import scan
 import training_step
@@ -269,3 +272,94 @@ def test_real_text_makes_every_model_once_and_compares_it_with_gpt2(tmp_path, mo
         assert rows["lru-64"]["95 % interval of each seed"] == "0.750-0.850 0.750-0.850"
         assert calls.count("train.py") == 2 * len(real_text.MODELS)
         assert calls.count("compare.py") == 2 * (len(names) - 1)
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """The loss functions that the studies of recall trained with, each as long as its training."""
+    fits = []
+    for study in (recall_distance, associative_recall):
+        fit = study.fit
+        monkeypatch.setattr(study, "fit", lambda *arguments, fit=fit: (fits.append(arguments), fit(*arguments)))
+    return fits
+
+
+def test_recall_distance_trains_once_and_asks_at_every_distance(tmp_path, monkeypatch, counted):
+    small = {"n_embd": 16, "n_layer": 1, "n_head": 2, "mem_slots": 8, "mem_width": 8, "address_width": 4}
+    monkeypatch.setattr(recall_distance, "SETTING", {**recall_distance.SETTING, **small, "scan": "eager"})
+    for name, value in (("GIVEN_UP", 0.0), ("BATCH", 2), ("TRAINED_DISTANCES", (1, 2))):
+        monkeypatch.setattr(recall_distance, name, value)
+    output, figure = tmp_path / "table.json", tmp_path / "figure.png"
+    command = f"--steps 2 --documents 2 --distances 1 2 3 --every 0 1 --folder {tmp_path} --output {output}"
+    for _ in range(2):
+        recall_distance.main([*command.split(), "--models", "lru", "--figure", str(figure)])
+        rows = json.loads(output.read_text())["rows"]
+        assert [row["other facts"] for row in rows] == ["never", "every window"]
+        assert all(0 <= row[distance] <= 1 for row in rows for distance in "123")
+        assert rows[0]["gate at values"] is None and 0 < rows[1]["gate at values"] < 1
+        assert figure.stat().st_size > 0
+        assert len(counted) == 1
+
+
+def test_the_share_of_a_row_left_is_what_the_memory_itself_leaves(monkeypatch):
+    """Facts whose row nothing was written to stay whole; where every token writes to the only slot, nothing stays."""
+    tokenizer = recall_distance.word_tokenizer()
+    left = {}
+    for bias in (-30.0, 30.0):
+        options = {**recall_distance.SETTING, "mem_slots": 1, "scan": "eager", "write_gate_bias": bias}
+        config = recall_distance.DNCGPT2Config(vocab_size=tokenizer.get_vocab_size(), **options, surprise_weight=0.0)
+        monkeypatch.setattr(recall_distance, "GIVEN_UP", 0.0)
+        model = recall_distance.DNCGPT2LMHeadModel(config)
+        left[bias] = recall_distance.recall_at(model, tokenizer, 0, [1, 2], 1)
+    assert left[-30.0]["row_left"] == pytest.approx([1, 1]) and left[-30.0]["overwritten"] == [0, 0]
+    # The last fact's row is overwritten by the full stop after it at the latest.
+    assert left[30.0]["row_left"] == pytest.approx([0, 0], abs=0.05) and left[30.0]["overwritten"] == [1, 1]
+    assert left[30.0]["other_gate"] == pytest.approx(1)
+
+
+@pytest.mark.parametrize("pairs", associative_recall.PAIRS)
+def test_associative_recall_asks_for_every_pair_once(pairs):
+    tokens, queries, values = associative_recall.examples(pairs, 3, torch.Generator().manual_seed(1))
+    assert tokens.shape == (3, max(64, 4 * pairs)) and (queries >= 2 * pairs).all()
+    for row, places, expected in zip(tokens.tolist(), queries.tolist(), values.tolist(), strict=True):
+        stated = dict(zip(row[: 2 * pairs : 2], row[1 : 2 * pairs : 2], strict=True))
+        assert len(stated) == len(set(stated.values())) == len(set(places)) == pairs
+        assert [stated[row[place]] for place in places] == expected
+        assert all(row.count(key) == 2 for key in stated)
+
+
+def test_associative_recall_trains_once_and_leaves_out_what_is_not_installed(tmp_path, monkeypatch, counted, capsys):
+    monkeypatch.setitem(sys.modules, "titans_pytorch", None)
+    for name, value in (("PAIRS", (4, 16)), ("BATCH", 2), ("SLOTS", 8), ("WIDTH", 8), ("LEARNING_RATES", (1, 2))):
+        monkeypatch.setattr(associative_recall, name, value)
+    eager = functools.partial(associative_recall.with_memory, scan="eager")
+    monkeypatch.setattr(associative_recall, "with_memory", eager)
+    output = tmp_path / "table.json"
+    command = f"--steps 2 --trial_steps 1 --queries 10 --folder {tmp_path} --output {output} --models gpt2 lru titans"
+    for _ in range(2):
+        associative_recall.main(command.split())
+        rows = json.loads(output.read_text())["rows"]
+        assert [row["model"] for row in rows] == ["gpt2", "lru"]
+        assert rows[0]["state"] == 0 and rows[1]["state"] > 8 * 8
+        assert all(0 <= row["4 pairs"] <= 1 and 0 <= row["16 pairs"] <= 1 for row in rows)
+        assert "titans is left out" in capsys.readouterr().out
+        assert len(counted) == 2 * (len(associative_recall.LEARNING_RATES) + 1)
+
+
+@pytest.mark.parametrize("name", associative_recall.SYSTEMS)
+def test_no_system_of_associative_recall_sees_what_comes_later(name, monkeypatch):
+    """A token changes no logits before it, and in a later window those of the models that carry a state alone."""
+    eager = functools.partial(associative_recall.with_memory, scan="eager")
+    monkeypatch.setattr(associative_recall, "with_memory", eager)
+    try:
+        system = associative_recall.SYSTEMS[name]()
+    except ImportError as error:
+        pytest.skip(str(error))
+    system.model.eval()
+    tokens = torch.randint(associative_recall.VOCABULARY, (1, 96))
+    other = tokens.clone()
+    other[0, 40] = (tokens[0, 40] + 1) % associative_recall.VOCABULARY
+    with torch.no_grad():
+        change = (system.logits(tokens) - system.logits(other)).abs().amax(-1)[0]
+    assert change[:40].max() < 1e-5 and change[40] > 1e-4
+    assert (change[64:].max() > 1e-7) == (system.state > 0)

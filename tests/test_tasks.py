@@ -180,6 +180,17 @@ def test_distant_questions_ask_for_all_facts_after_just_so_much_else(distance, d
         assert all(facts[mention.groups()[:2]][0] == mention[3] for mention in last) and len(facts) == 8
 
 
+def test_distant_questions_ask_for_the_facts_in_between_too():
+    text = distant_questions(2, seed=5, distance=400, facts=8, distractors=10, ask_all=True)
+    for number, document in enumerate(text.documents):
+        mentions = list(MENTION.finditer(document))
+        stated, asked = ({m.groups() for m in part} for part in (mentions[:18], mentions[18:]))
+        assert stated == asked and len(stated) == 18
+        expected = {m.groups()[:2]: m.end() for m in mentions[:18]}
+        questions = [question for question in text.questions if question.document == number]
+        assert sorted(question.fact_end for question in questions) == sorted(expected.values())
+
+
 def test_distractors_stand_evenly_between_whole_sentences():
     (document,) = distant_questions(1, seed=5, distance=1000, distractors=9).documents
     others = [document[: mention.start()] for mention in MENTION.finditer(document)][8:-8]
