@@ -292,7 +292,7 @@ def test_recall_distance_trains_once_and_asks_at_every_distance(tmp_path, monkey
     output, figure = tmp_path / "table.json", tmp_path / "figure.png"
     command = f"--steps 2 --documents 2 --distances 1 2 3 --every 0 1 --folder {tmp_path} --output {output}"
     for _ in range(2):
-        recall_distance.main([*command.split(), "--models", "lru", "--figure", str(figure)])
+        recall_distance.main([*command.split(), "--models", "lru-32", "--figure", str(figure)])
         rows = json.loads(output.read_text())["rows"]
         assert [row["other facts"] for row in rows] == ["never", "every window"]
         assert all(0 <= row[distance] <= 1 for row in rows for distance in "123")

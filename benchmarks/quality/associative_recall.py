@@ -226,11 +226,11 @@ def accuracy(system: System, pairs: int, queries: int) -> float:
 def measure(name: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
     """Everything of one row of the table; the trials of the learning rate are the first seed's."""
     folder = options.folder / name
-    trials = once(
-        folder / "trials.json",
-        lambda: {str(rate): train(name, 0, options.trial_steps, rate)[1] for rate in LEARNING_RATES},
-    )
-    rate = float(min(trials, key=trials.get))
+    trials = {
+        rate: once(folder / f"trial-{rate}.json", lambda rate=rate: train(name, 0, options.trial_steps, rate)[1])
+        for rate in LEARNING_RATES
+    }
+    rate = min(trials, key=trials.get)
 
     def result() -> dict[str, Any]:
         system, loss, seconds = train(name, seed, options.steps, rate)

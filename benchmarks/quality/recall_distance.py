@@ -1,13 +1,13 @@
 """Recall against distance: for how long does a memory that has to select hold on to what it was told?
 
-A small GPT-2 with memory (2 layers x 64, attention windows of 32 tokens, 32 slots) reads a register: 8 facts, which
-fill the first window, then up to 31 windows of filler with up to 16 other facts, then questions about all of them. It
-is trained on the answers and, less, on every token, at distances of 1 and 2 windows first, and pays for every write. It
-has 32 rows for up to 1,120 tokens. Then the way between facts and questions grows to 1,000 windows, read in pieces with
-the memory's state carried; at each distance the first 8 facts are asked of that state. What is finished is kept in
-`--folder` and not made again.
+A small GPT-2 with memory (2 layers x 64, attention windows of 32 tokens, 32 or 64 slots) reads a register: 8 facts,
+which fill the first window, then up to 31 windows of filler with up to 16 other facts, then questions about all of
+them. It is trained on the answers and, less, on every token, at distances of 1 and 2 windows first, and pays for every
+write: it has 32 or 64 rows for up to 1,120 tokens. Then the way between facts and questions grows to 1,000 windows,
+read in pieces with the memory's state carried; at each distance the first 8 facts are asked of that state. What is
+finished is kept in `--folder` and not made again.
 
-python benchmarks/quality/recall_distance.py --models lru lru-no-decay --seeds 0 1 2
+python benchmarks/quality/recall_distance.py --models lru-32-no-decay --seeds 0 1 2
 """
 
 import argparse
@@ -61,8 +61,8 @@ SETTING = {
     "eos_token_id": 0,
 }
 MODELS: dict[str, dict[str, Any]] = {
-    "lru": {},
-    "lru-no-decay": {"usage_decay": 1.0},
+    "lru-32": {},
+    **{f"lru-{slots}-no-decay": {"mem_slots": slots, "usage_decay": 1.0} for slots in (32, 64)},
 }
 """Name -> options of the configuration beside those of `SETTING`."""
 PANELS = {"Recall": "recall", "Share of a fact's row left": "row_left", "Facts overwritten": "overwritten"}
