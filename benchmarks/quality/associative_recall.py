@@ -173,6 +173,8 @@ def titans(heads: int = 2) -> System:
         num_residual_streams=1,
     )
     memory = next(module for module in model.modules() if type(module).__name__ == "NeuralMemory")
+    for parameter in memory.memory_model_parameters:
+        parameter.data = parameter.data.clone()  # the package lets all heads share one, which no optimizer can update
     return System(model, model, 2 * sum(x.numel() for x in memory.memory_model_parameters))
 
 
