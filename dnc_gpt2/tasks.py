@@ -1,8 +1,8 @@
-"""Generated text with questions that only a memory can answer: the corpus of the embedded default.
+"""Generated texts that only a memory can go on with: the corpus of the embedded default, and the DNC paper's tasks.
 
-A document is a register of short biographies. Its people have a home, a year of birth and a trade, drawn anew for every
-document, so that nothing but the text before can tell them. Every round goes through all facts in a new order; the
-first mention of a fact states it, every later one asks for it and states it again:
+A document of the embedded corpus is a register of short biographies. Its people have a home, a year of birth and a
+trade, drawn anew for every document, so that nothing but the text before can tell them. Every round goes through all
+facts in a new order; the first mention of a fact states it, every later one asks for it and states it again:
 
     born Mira 1643. They say home Toro Pelaford. The bells rang at noon. Ask again home Toro Pelaford.
 
@@ -369,3 +369,90 @@ def recall_by_guessing(
 
 def _share(right: np.ndarray) -> float | None:
     return float(right.mean()) if len(right) else None
+
+
+NUM_SYMBOLS = 8
+START, RECALL, SEPARATOR, STOP, PADDING, FIRST_COUNT = range(NUM_SYMBOLS, NUM_SYMBOLS + 6)
+MOST_REPEATS = 8
+TASK_VOCABULARY = FIRST_COUNT + MOST_REPEATS
+"""Ids of the paper's tasks: the symbols, the marks, then the counts from 1 to `MOST_REPEATS`."""
+
+
+def copy_task(rng: np.random.Generator, rows: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Random symbols, a mark, the same symbols: `START x1 .. xL RECALL x1 .. xL`.
+
+    Args:
+        rng: source of the draws.
+        rows: number of sequences.
+        length: number of symbols L, at least 1; a symbol may come several times.
+
+    Returns:
+        Token ids [rows, T], and bool [rows, T] that is True at the answers: the tokens that the ones before determine.
+    """
+    symbols = rng.integers(0, NUM_SYMBOLS, (rows, length))
+    return _answered([_column(rows, START), symbols, _column(rows, RECALL)], [symbols])
+
+
+def repeat_copy_task(
+    rng: np.random.Generator, rows: int, length: int, repeats: int | None = None, *, most: int = 4
+) -> tuple[np.ndarray, np.ndarray]:
+    """Random symbols, a count n, then n times the symbols: `START x1 .. xL n x1 .. xL SEPARATOR .. x1 .. xL STOP`.
+
+    Whether a separator or the stop follows a repetition is among the answers, and nothing but the count tells it.
+
+    Args:
+        rng, rows, length: as in `copy_task`.
+        repeats: the count, the same in all rows, 1 to `MOST_REPEATS`. `None` draws it from 1 to `most`.
+
+    Returns:
+        As `copy_task`.
+    """
+    repeats = int(rng.integers(1, most + 1)) if repeats is None else repeats
+    symbols = rng.integers(0, NUM_SYMBOLS, (rows, length))
+    answers = [symbols, _column(rows, SEPARATOR)] * repeats
+    answers[-1] = _column(rows, STOP)
+    return _answered([_column(rows, START), symbols, _column(rows, FIRST_COUNT + repeats - 1)], answers)
+
+
+def associative_recall_task(
+    rng: np.random.Generator, rows: int, length: int, *, item: int = 2, most_queries: int = 3
+) -> tuple[np.ndarray, np.ndarray]:
+    """A list of items of several symbols, then queries: which item followed this one?
+
+    `a1 a2 SEPARATOR b1 b2 SEPARATOR ..` and, for a query, `a1 a2 RECALL b1 b2 SEPARATOR`. Items differ, but share
+    symbols. No item is both asked for and answered, so that each is followed by one other throughout.
+
+    Args:
+        rng, rows: as in `copy_task`.
+        length: number of items, at least 2.
+        item: symbols an item.
+        most_queries: how many queries follow, at most; of n items at most n // 2 are asked for.
+
+    Returns:
+        As `copy_task`; the answers are the symbols of the items asked for.
+    """
+    codes = np.stack([rng.choice(NUM_SYMBOLS**item, length, replace=False) for _ in range(rows)])
+    items = codes[..., None] // NUM_SYMBOLS ** np.arange(item) % NUM_SYMBOLS  # [rows, length, item]
+    first = int(rng.integers(0, 2)) if length > 2 else 0
+    asked = rng.permuted(np.tile(np.arange(first, length - 1, 2), (rows, 1)), axis=1)[:, :most_queries]
+    mark = _column(rows, SEPARATOR)
+    parts, answers = [], []
+    for place in range(length):
+        parts += [items[:, place], mark]
+        answers += [False] * (item + 1)
+    for query in asked.T:
+        parts += [items[np.arange(rows), query], _column(rows, RECALL), items[np.arange(rows), query + 1], mark]
+        answers += [False] * (item + 1) + [True] * item + [False]
+    tokens = np.concatenate(parts, axis=1)
+    return tokens, np.tile(np.array(answers), (rows, 1))
+
+
+def _column(rows: int, token: int) -> np.ndarray:
+    return np.full((rows, 1), token)
+
+
+def _answered(given: list[np.ndarray], answers: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    tokens = np.concatenate([*given, *answers], axis=1)
+    is_answer = np.zeros(tokens.shape, dtype=bool)
+    is_answer[:, sum(part.shape[1] for part in given) :] = True
+    return tokens, is_answer

@@ -4,6 +4,8 @@ import functools
 import inspect
 import json
 import sys
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,18 +16,23 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks" / "
 
 import associative_recall
 import decoding
+import dnc_tasks
 import long_examples
 import origin_loop
 import other_dnc
 import peak_memory
+import pretrained
 import real_text
 import recall_distance
 import scaling
 import scan
 import training_step
 from origin_loop import OriginMemory, OriginModel, origin_trainer
+from tiny_runs import write_text
 from training_step import SIZES, dnc_trainer
 
+import compare
+import train
 from dnc_gpt2.data import DataArguments
 from dnc_gpt2.models import new_models
 from dnc_gpt2.options import ModelArguments, parse
@@ -363,3 +370,67 @@ def test_no_system_of_associative_recall_sees_what_comes_later(name, monkeypatch
         change = (system.logits(tokens) - system.logits(other)).abs().amax(-1)[0]
     assert change[:40].max() < 1e-5 and change[40] > 1e-4
     assert (change[64:].max() > 1e-7) == (system.state > 0)
+
+
+def test_dnc_tasks_trains_each_model_once_and_scores_it_with_more_slots(tmp_path, monkeypatch):
+    tasks = {
+        name: replace(task, longest=2, slots=4 + place) for place, (name, task) in enumerate(dnc_tasks.TASKS.items())
+    }
+    monkeypatch.setattr(dnc_tasks, "TASKS", tasks)
+    monkeypatch.setattr(dnc_tasks, "build", partial(build_eager, dnc_tasks.build))
+    output, table = tmp_path / "table.json", []
+    command = ["--steps", "2", "--batches", "1", "--models", "gpt2", "all-three", "--output", str(output)]
+    for _ in range(2):
+        dnc_tasks.main([*command, "--folder", str(tmp_path / "runs")])
+        table.append(json.loads(output.read_text())["rows"])
+    assert table[0] == table[1], "a finished model was trained again"
+    assert [(row["task"], row["model"]) for row in table[0]] == [(t, m) for t in tasks for m in ("gpt2", "all-three")]
+    assert all(row["steps"] == 2 and 0 <= row["answers % at 4x"] <= 100 for row in table[0])
+
+
+def build_eager(build, *arguments):
+    model = build(*arguments)
+    model.config.scan = "eager"
+    return model
+
+
+def test_a_solved_task_ends_its_training(monkeypatch):
+    monkeypatch.setattr(dnc_tasks, "LOOK_EVERY", 1)
+    looks = iter([1.0, 0.5, 0.99, 1.0, 1.0])
+    monkeypatch.setattr(dnc_tasks, "score", lambda *_: (next(looks), 0.0))
+    _, history = dnc_tasks.train(dnc_tasks.TASKS["copy"], "gpt2", seed=0, steps=50)
+    assert history["steps_to_target"] == 3 and len(history["losses"]) == 5
+
+
+def test_pretrained_fine_tunes_once_and_checks_that_a_new_memory_changes_nothing(tmp_path, monkeypatch):
+    for name, seed in (("a.txt", 0), ("b.txt", 1)):
+        write_text(tmp_path / name, 12, seed)
+    files = ["--train_file", str(tmp_path / "a.txt"), "--validation_file", str(tmp_path / "b.txt")]
+    sizes = {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "seq_len": 8, "tokenizer_vocab_size": 280}
+    sizes |= {"windows_per_example": 2, "held_out_tokens": 20, "warmup_steps": 0, "scan": "eager"}
+    sizes |= {"mem_width": 8, "address_width": 4, "mem_slots": 4}
+    for module, settings in ((real_text, "SETTING"), (pretrained, "FINE_TUNING"), (pretrained, "MEMORY")):
+        changed = {**getattr(module, settings), **sizes}
+        names = [*pretrained.MEMORY, "scan"] if settings == "MEMORY" else list(changed)
+        monkeypatch.setattr(module, settings, {name: changed[name] for name in names})
+    calls = []
+
+    def run(script, arguments, log):
+        calls.append(script)
+        {"train.py": train, "compare.py": compare}[script].main(list(map(str, arguments)))
+
+    for module in (real_text, pretrained):
+        monkeypatch.setattr(module, "run", run)
+    folders = ["--folder", str(tmp_path / "runs"), "--pretrained_folder", str(tmp_path / "gpt2")]
+    output = tmp_path / "table.json"
+    command = [*files, *folders, "--pretraining_steps", "2", "--steps", "1", "--output", str(output)]
+    for _ in range(2):
+        pretrained.main([*command, "--models", "gpt2", "attached", "frozen"])
+        assert calls.count("train.py") == 3 and calls.count("compare.py") == 3
+    rows = {row["model"]: row for row in json.loads(output.read_text())["rows"]}
+    assert rows["gpt2"]["ratio to GPT-2 fine-tuned"] == 1 != rows["gpt2"]["ratio to GPT-2 before"]
+    assert rows["attached"]["ratio to GPT-2 before"] == pytest.approx(1, abs=1e-5)
+    assert rows["frozen"]["write gate"] > 0
+    monkeypatch.setattr(pretrained, "UNCHANGED", -1.0)
+    with pytest.raises(SystemExit, match="changes its loss"):
+        pretrained.main([*command, "--models", "attached"])

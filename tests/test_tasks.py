@@ -1,4 +1,4 @@
-"""The embedded corpus: what it promises its readers, and how recall is counted."""
+"""The embedded corpus and the paper's tasks: what they promise their readers, and how recall is counted."""
 
 import re
 from collections import Counter
@@ -9,15 +9,25 @@ import pytest
 from tokenizers import ByteLevelBPETokenizer
 
 from dnc_gpt2.tasks import (
+    FIRST_COUNT,
     NAMES,
+    NUM_SYMBOLS,
+    RECALL,
+    SEPARATOR,
+    START,
+    STOP,
+    TASK_VOCABULARY,
     VALUES,
     LocatedQuestion,
     Question,
+    associative_recall_task,
     biographies,
+    copy_task,
     distant_questions,
     locate,
     recall,
     recall_by_guessing,
+    repeat_copy_task,
     window_distances,
 )
 
@@ -216,3 +226,52 @@ def test_locate_and_recall_refuse_inputs_that_do_not_belong_together(text, token
         locate(text.questions, [document[:10] for document in offsets], starts)
     with pytest.raises(ValueError, match="every token but the first"):
         recall(np.ones(length), [], np.arange(length))
+
+
+TASKS = (copy_task, repeat_copy_task, associative_recall_task)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_task_is_the_same_for_the_same_seed_and_other_rows_differ(task):
+    (tokens, is_answer), again = (task(np.random.default_rng(3), 5, 4) for _ in range(2))
+    np.testing.assert_array_equal(tokens, again[0])
+    np.testing.assert_array_equal(is_answer, again[1])
+    assert len({tuple(row) for row in tokens.tolist()}) == 5
+    assert tokens.min() >= 0 and tokens.max() < TASK_VOCABULARY and is_answer.any()
+
+
+def test_copy_answers_with_the_symbols_that_were_given():
+    for tokens, is_answer in zip(*copy_task(np.random.default_rng(0), 4, 5), strict=True):
+        assert tokens[0] == START and tokens[6] == RECALL and np.all(tokens[1:6] < NUM_SYMBOLS)
+        np.testing.assert_array_equal(np.flatnonzero(is_answer), np.arange(7, 12))
+        np.testing.assert_array_equal(tokens[7:], tokens[1:6])
+
+
+@pytest.mark.parametrize("repeats", [1, 3])
+def test_repeat_copy_answers_as_often_as_the_count_says_and_stops(repeats):
+    for tokens, is_answer in zip(*repeat_copy_task(np.random.default_rng(0), 4, 5, repeats), strict=True):
+        assert tokens[0] == START and tokens[6] == FIRST_COUNT + repeats - 1
+        assert is_answer.tolist() == [False] * 7 + [True] * 6 * repeats
+        answers = tokens[7:].reshape(repeats, 6)
+        assert np.all(answers[:, :5] == tokens[1:6])
+        assert answers[:, 5].tolist() == [SEPARATOR] * (repeats - 1) + [STOP]
+
+
+def test_repeat_copy_draws_its_count():
+    rng = np.random.default_rng(0)
+    counts = {int(repeat_copy_task(rng, 1, 2, most=3)[0][0, 3]) - FIRST_COUNT + 1 for _ in range(40)}
+    assert counts == {1, 2, 3}
+
+
+@pytest.mark.parametrize("length", [2, 3, 7])
+def test_associative_recall_asks_for_the_item_that_followed(length):
+    for tokens, is_answer in zip(*associative_recall_task(np.random.default_rng(length), 20, length), strict=True):
+        blocks = tokens.reshape(-1, 3)
+        items, queries = [tuple(block[:2]) for block in blocks[:length]], blocks[length:].reshape(-1, 2, 3)
+        assert len(set(items)) == length and np.all(blocks[:length, 2] == SEPARATOR) and len(queries) >= 1
+        asked, answered = ([tuple(block[:2]) for block in queries[:, place]] for place in (0, 1))
+        assert [items[items.index(item) + 1] for item in asked] == answered
+        assert np.all(queries[:, 0, 2] == RECALL) and not set(asked) & set(answered)
+        expected = np.zeros((len(blocks), 3), dtype=bool)
+        expected[length + 1 :: 2, :2] = True
+        np.testing.assert_array_equal(is_answer.reshape(-1, 3), expected)

@@ -81,7 +81,7 @@ def run(script: str, arguments: Sequence[str], log: Path) -> None:
     with log.open("a") as output:
         code = subprocess.run([sys.executable, ROOT / script, *arguments], stdout=output, stderr=output).returncode
     if code:
-        sys.exit(f"real_text.py: {script} failed; see {log}.")
+        sys.exit(f"{script} failed; see {log}.")
 
 
 def train(name: str, seed: int, options: argparse.Namespace) -> Path:
