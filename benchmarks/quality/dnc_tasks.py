@@ -61,7 +61,7 @@ class Task:
 
 TASKS = {
     "copy": Task(copy_task, window=4, layers=1, shortest=1, longest=8, slots=16, steps=600),
-    "repeat-copy": Task(repeat_copy_task, window=4, layers=1, shortest=1, longest=6, slots=16, steps=1500),
+    "repeat-copy": Task(repeat_copy_task, window=4, layers=1, shortest=1, longest=6, slots=16, steps=1200),
     # An item and its separator fill a window, and name the item together.
     "associative-recall": Task(
         associative_recall_task, window=3, layers=2, shortest=2, longest=4, slots=16, steps=1200

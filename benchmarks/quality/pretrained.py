@@ -41,7 +41,14 @@ MODELS: dict[str, dict[str, Any]] = {
     "unfrozen-transpose": {"read_projection_init": "transpose"},
 }
 """Name -> options of train.py beside those of `SETTING` and `FINE_TUNING`."""
-FINE_TUNING = {**SETTING, **MEMORY, "learning_rate": 5e-4, "warmup_steps": 10, "model": "dnc"}
+FINE_TUNING = {
+    **SETTING,
+    **MEMORY,
+    "learning_rate": 5e-4,
+    "warmup_steps": 10,
+    "model": "dnc",
+    "max_eval_tokens": 10_000,
+}
 UNCHANGED = 1e-5
 """Largest difference of two mean losses that float32 arithmetic in another order explains."""
 
@@ -83,11 +90,12 @@ def made(name: str, seed: int, options: Namespace) -> Path:
     return folder / changes["model"]
 
 
-def beside(reference: Path, model: Path, folder: Path) -> dict[str, Any]:
+def beside(reference: Path, model: Path, folder: Path, options: Namespace) -> dict[str, Any]:
     """What compare.py says of a model beside another: perplexities, and the paired difference to the other."""
     if not (folder / "comparison.json").is_file():
         folder.mkdir(parents=True, exist_ok=True)
-        run("compare.py", [str(reference), str(model), "--output_dir", str(folder)], folder / "log.txt")
+        given = {"output_dir": folder, "max_eval_tokens": options.max_eval_tokens}
+        run("compare.py", [str(reference), str(model), *command_options(given)], folder / "log.txt")
     comparison = json.loads((folder / "comparison.json").read_text())
     (difference,) = comparison["differences"].values()
     before, after = (result["metrics"] for result in comparison["models"].values())
@@ -101,16 +109,16 @@ def row(name: str, seed: int, options: Namespace) -> dict[str, Any]:
     """
     backbone, control, model = pretrained(seed, options), made("gpt2", seed, options), made(name, seed, options)
     folder = options.folder / f"seed-{seed}"
-    tuned = beside(backbone, control, folder / "gpt2" / "beside-pretrained")
+    tuned = beside(backbone, control, folder / "gpt2" / "beside-pretrained", options)
     if name == "gpt2":
         return {**tuned, "before": tuned["ppl_ratio"], "after": 1.0, "interval": None}
     if name == "attached":
-        result = beside(backbone, model, folder / name / "beside-pretrained")
+        result = beside(backbone, model, folder / name / "beside-pretrained", options)
         if abs(result["loss"]) > UNCHANGED:
             sys.exit(f"The memory that was attached to {backbone} changes its loss by {result['loss']:.2e}.")
         print(f"Seed {seed}: the attached memory changes the loss by {result['loss']:.1e}.")
         return {**result, "before": result["ppl_ratio"], "after": result["ppl"] / tuned["ppl"], "interval": None}
-    result = beside(control, model, folder / name / "beside-gpt2")
+    result = beside(control, model, folder / name / "beside-gpt2", options)
     before, interval = result["ppl"] / tuned["reference_ppl"], result["ppl_ratio_interval"]
     return {**result, "before": before, "after": result["ppl_ratio"], "interval": interval}
 
@@ -123,6 +131,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--pretraining_steps", type=int, default=1000)
     parser.add_argument("--steps", type=int, default=200, help="of fine-tuning; default 200")
+    parser.add_argument(
+        "--max_eval_tokens", type=int, default=1_000_000, help="of the validation text to score; default 1,000,000"
+    )
     parser.add_argument("--pretrained_folder", type=Path, default=Path("runs/quality/real_text"))
     parser.add_argument(
         "--folder", type=Path, default=Path("runs/quality/pretrained"), help="what is finished lies here"
