@@ -64,7 +64,7 @@ TASKS = {
     "repeat-copy": Task(repeat_copy_task, window=4, layers=1, shortest=1, longest=6, slots=16, steps=1200),
     # An item and its separator fill a window, and name the item together.
     "associative-recall": Task(
-        associative_recall_task, window=3, layers=2, shortest=2, longest=4, slots=32, steps=1200
+        associative_recall_task, window=3, layers=2, shortest=2, longest=4, slots=32, steps=2000
     ),
 }
 OPTIONS = ("masked_content", "erase_on_free", "sharpen_links")
