@@ -45,26 +45,31 @@ class Task:
         make: (rng, rows, length) -> token ids and where the answers are, both [rows, T].
         window: attention window in tokens.
         layers: of the backbone.
+        slots, width: of the memory at training lengths.
+        start: standard deviation that the memory's weights start with. At GPT-2's 0.02 all rows get the same weight.
         shortest, longest: training lengths.
-        slots: memory rows at training lengths.
         steps: optimizer steps at most.
     """
 
     make: Callable[..., tuple[np.ndarray, np.ndarray]]
     window: int
     layers: int
+    slots: int
+    width: int
+    start: float
     shortest: int
     longest: int
-    slots: int
     steps: int
 
 
 TASKS = {
-    "copy": Task(copy_task, window=4, layers=1, shortest=1, longest=8, slots=16, steps=600),
-    "repeat-copy": Task(repeat_copy_task, window=4, layers=1, shortest=1, longest=6, slots=16, steps=1200),
+    "copy": Task(copy_task, window=4, layers=1, slots=16, width=16, start=0.4, shortest=1, longest=8, steps=600),
+    "repeat-copy": Task(
+        repeat_copy_task, window=4, layers=1, slots=16, width=16, start=0.4, shortest=1, longest=6, steps=1200
+    ),
     # An item and its separator fill a window, and name the item together.
     "associative-recall": Task(
-        associative_recall_task, window=3, layers=2, shortest=2, longest=4, slots=32, steps=2000
+        associative_recall_task, window=3, layers=2, slots=32, width=32, start=0.3, shortest=2, longest=4, steps=1200
     ),
 }
 OPTIONS = ("masked_content", "erase_on_free", "sharpen_links")
@@ -76,23 +81,22 @@ MODELS: dict[str, dict[str, Any]] = {
     "all-three": dict.fromkeys(OPTIONS, True),
 }
 """Name -> options of the memory; `gpt2` has none."""
-SIZES = {"n_embd": 64, "n_head": 4, "mem_width": 16, "num_reads": 2}
+SIZES = {"n_embd": 64, "n_head": 4, "num_reads": 2}
 BATCH, LEARNING_RATE, WARMUP, CLIP = 32, 3e-3, 50, 1.0
-# A memory whose maps start at GPT-2's 0.02 gives all rows the same weight, and takes thousands of steps to leave that.
-MEMORY_START = 0.4
 LOOK_EVERY, LOOK_BATCHES = 50, 4  # steps between two looks at the training length, and what is looked at
 TARGET, LOOKS_REACHED = 0.99, 3  # training ends after so many looks in a row with this share of sequences right
 FACTORS = (1, 2, 4)
 
 
-def build(task: Task, name: str, seed: int, slots: int) -> PreTrainedModel:
+def build(task: Task, name: str, seed: int) -> PreTrainedModel:
     """A new model for a task."""
     config = DNCGPT2Config(
         vocab_size=TASK_VOCABULARY,
         n_positions=task.window,
         n_layer=task.layers,
         addressing="dnc",
-        mem_slots=slots,
+        mem_slots=task.slots,
+        mem_width=task.width,
         **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0),
         **dict.fromkeys(("bos_token_id", "eos_token_id")),
         **SIZES,
@@ -102,7 +106,7 @@ def build(task: Task, name: str, seed: int, slots: int) -> PreTrainedModel:
     model = new_models(config, [kind], seed)[kind]
     if has_memory(model):
         for linear in model.transformer.memory.children():
-            torch.nn.init.normal_(linear.weight, std=MEMORY_START)
+            torch.nn.init.normal_(linear.weight, std=task.start)
     return model
 
 
@@ -151,7 +155,7 @@ def rate(step: int, steps: int) -> float:
 
 def train(task: Task, name: str, seed: int, steps: int) -> tuple[PreTrainedModel, dict[str, Any]]:
     """A trained model, and what happened: losses, seconds, and the first of the looks that ended the training."""
-    model = build(task, name, seed, task.slots).train()
+    model = build(task, name, seed).train()
     rng = np.random.default_rng(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.0, betas=(0.9, 0.98), fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(rate, steps=steps))
