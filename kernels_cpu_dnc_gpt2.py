@@ -27,6 +27,7 @@ from transformers.utils import logging
 logger = logging.get_logger(__name__)
 
 EPSILON = 1e-6  # of the cosine and of the usage, as in the recurrence
+SMALLEST = 2.0**-126  # weight that is sharpened, as in the recurrence
 
 _KERNELS: list[tuple[Callable, dict[str, Any]]] = []
 
@@ -925,13 +926,13 @@ def update_link_backward(link, precedence, weights, d_link, d_precedence, d_weig
 
 @_kernel
 def sharpen(weights, sharpness, out):
-    """out = weights ** sharpness over its sum, both [N]; where a weight is 0 it stays 0."""
+    """out = weights ** sharpness over its sum, both [N]; a weight below SMALLEST counts as 0 and gives 0."""
     zero = weights.dtype.type(0)
     highest, total = zero, zero
     for n in range(weights.shape[0]):
         highest = max(highest, weights[n])
     for n in range(weights.shape[0]):
-        out[n] = (weights[n] / highest) ** sharpness if weights[n] > zero else zero
+        out[n] = (weights[n] / highest) ** sharpness if weights[n] >= SMALLEST else zero
         total += out[n]
     for n in range(weights.shape[0]):
         if total > zero:
@@ -948,7 +949,7 @@ def sharpen_backward(weights, sharpness, sharp, gradients):
         highest = max(highest, weights[n])
     for n in range(weights.shape[0]):
         d_log = zero
-        if weights[n] > zero:
+        if weights[n] >= SMALLEST:
             d_log = (gradients[n] - total) * sharp[n]  # of the logarithm of the unnormalised power
             d_sharpness += d_log * math.log(weights[n] / highest)
             d_log *= sharpness / weights[n]

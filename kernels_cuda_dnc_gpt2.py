@@ -593,16 +593,22 @@ def follow_links_backward(
 
 
 @part
+def counts(weights):
+    """Whether a weight is sharpened: at least 2 ** -126, as in the recurrence."""
+    return weights >= 1.1754943508222875e-38
+
+
+@part
 def log_ratio(weights):
-    """Logarithm of each weight over the largest; 0 where a weight is 0."""
+    """Logarithm of each weight over the largest; 0 where a weight does not count."""
     highest = tl.max(weights, 0)
-    return tl.log(tl.where(weights > 0, weights / tl.where(highest > 0, highest, 1.0), 1.0))
+    return tl.log(tl.where(counts(weights), weights / tl.where(counts(highest), highest, 1.0), 1.0))
 
 
 @part
 def sharpen(weights, sharpness):
-    """weights ** sharpness over its sum; where a weight is 0 it stays 0."""
-    powers = tl.where(weights > 0, tl.exp(sharpness * log_ratio(weights)), 0.0)
+    """weights ** sharpness over its sum; 0 where a weight does not count."""
+    powers = tl.where(counts(weights), tl.exp(sharpness * log_ratio(weights)), 0.0)
     total = tl.sum(powers, 0)
     return powers / tl.where(total > 0, total, 1.0)
 
@@ -611,7 +617,7 @@ def sharpen(weights, sharpness):
 def sharpen_backward(weights, sharpness, sharp, d_sharp):
     """Gradients of the weights [N] and of the sharpness, given the result `sharp`."""
     d_log = softmax_backward(sharp, d_sharp)
-    positive = weights > 0
+    positive = counts(weights)
     d_weights = tl.where(positive, d_log * sharpness / tl.where(positive, weights, 1.0), 0.0)
     return d_weights, tl.sum(d_log * log_ratio(weights), 0)
 

@@ -25,6 +25,7 @@ except ImportError:
     from kernels_dnc_gpt2 import fused_scan
 
 EPSILON = 1e-6
+SMALLEST = 2.0**-126  # of the normal numbers of float32: the reciprocal of a smaller one is infinite
 
 
 class MemoryState(NamedTuple):
@@ -176,10 +177,10 @@ def update_link(link: Tensor, precedence: Tensor, weights: Tensor) -> tuple[Tens
 
 
 def sharpen(weights: Tensor, sharpness: Tensor) -> Tensor:
-    """Raise [B, R, N] to the power `sharpness` [B, R] and normalise; where a weight is 0 it stays 0."""
-    positive = weights > 0
+    """Raise [B, R, N] to the power `sharpness` [B, R] and normalise; a weight below `SMALLEST` counts as 0."""
+    positive = weights >= SMALLEST
     # The result does not depend on the scale, so the largest weight may be detached.
-    scaled = weights / weights.detach().amax(-1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
+    scaled = weights / weights.detach().amax(-1, keepdim=True).clamp_min(SMALLEST)
     powers = torch.where(positive, torch.where(positive, scaled, 1.0) ** sharpness[..., None], 0.0)
     total = powers.sum(-1, keepdim=True)
     return powers / torch.where(total > 0, total, 1.0)

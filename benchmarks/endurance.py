@@ -147,11 +147,12 @@ def endure(
 def main(arguments: list[str] | None = None) -> None:
     parser = benchmark_parser(__doc__, repeats=1)
     parser.add_argument("--tokens", type=int, default=1_000_000, help="of each run; default 1,000,000")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="default: all")
     parser.add_argument("--length", type=int, default=512, help="tokens of a call; default 512")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     rows = []
-    for variant in VARIANTS:
+    for variant in options.variants:
         for dtype in DTYPES:
             for kind in INPUTS:
                 found = endure(variant, dtype, kind, options.tokens, length=options.length)

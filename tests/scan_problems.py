@@ -131,3 +131,17 @@ def assert_equals_recurrence(x: MemoryInterface, state: MemoryState, config: DNC
     found, wanted = gradients(fused, x, state), gradients(exact, *precise)
     for name, expected in gradients(eager, x, state).items():
         assert_close(f"gradient of {name}", found[name], expected, wanted[name])
+
+
+def assert_vanishing_links_are_finite(x: MemoryInterface, state: MemoryState, config: DNCGPT2Config) -> None:
+    """Links too small for their reciprocals to be finite, sharpened to the utmost, give what the recurrence gives."""
+    x = x._replace(write_gates=torch.zeros_like(x.write_gates))
+    for scale in (1e-3, 1e-37, 1e-38, 1e-39, 1e-44):
+        for sharpness in (1.5, 1e5):
+            sharper = x._replace(link_sharpness=torch.full_like(x.link_sharpness, sharpness))
+            faint = state._replace(link=state.link * scale)
+            with torch.no_grad():
+                found = ScanOutput(*fused_scan(sharper, faint, config))
+                expected = recurrence(sharper, faint, config)
+            assert found.read_weights.isfinite().all()
+            torch.testing.assert_close(found.read_weights, expected.read_weights, rtol=1e-3, atol=1e-5)

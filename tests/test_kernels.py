@@ -10,7 +10,14 @@ import pytest
 import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from scan_problems import VARIANTS, assert_equals_recurrence, gradients, named, problem
+from scan_problems import (
+    VARIANTS,
+    assert_equals_recurrence,
+    assert_vanishing_links_are_finite,
+    gradients,
+    named,
+    problem,
+)
 
 import kernels_cpu_dnc_gpt2 as cpu
 import kernels_dnc_gpt2 as kernels
@@ -39,6 +46,10 @@ def test_masks_equal_the_recurrence(addressing, options):
 
 def test_float32_equals_the_recurrence():
     assert_equals_recurrence(*problem("lru", {}, (2, 20, 16, 32, 4), dtype=torch.float32, masked=True))
+
+
+def test_links_that_almost_vanish_are_sharpened_as_in_the_recurrence():
+    assert_vanishing_links_are_finite(*problem("dnc", {"sharpen_links": True}, (1, 1, 5, 6, 2), dtype=torch.float32))
 
 
 def usages_apart(x: MemoryInterface, state: MemoryState, config: DNCGPT2Config) -> bool:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from scan_problems import VARIANTS, assert_equals_recurrence, problem
+from scan_problems import VARIANTS, assert_equals_recurrence, assert_vanishing_links_are_finite, problem
 
 import kernels_cuda_dnc_gpt2 as cuda
 import kernels_dnc_gpt2 as kernels
@@ -161,6 +161,11 @@ def test_ties_fall_to_the_lowest_index(addressing, device):
     if addressing == "lru":
         assert torch.equal(write_weights[0].argmax(-1).cpu(), torch.arange(4))
     torch.testing.assert_close(write_weights, recurrence(x, state, config).write_weights, rtol=1e-12, atol=1e-12)
+
+
+def test_links_that_almost_vanish_are_sharpened_as_in_the_recurrence(device):
+    variant = ("dnc", {"sharpen_links": True})
+    assert_vanishing_links_are_finite(*triton_problem(variant, (1, 1, 5, 6, 2), device, dtype=torch.float32))
 
 
 def test_masked_tokens_leave_the_state_bit_equal(device):
