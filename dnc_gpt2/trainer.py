@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy, rotate_checkpoints
 
 from memory_dnc_gpt2 import MemoryState
@@ -504,7 +504,7 @@ class DNCTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         with reading(resume_from_checkpoint):
-            if any(Path(resume_from_checkpoint).glob("pytorch_model*.bin*")):
+            if any(Path(resume_from_checkpoint).glob("pytorch_model.bin*")):
                 raise ValueError("its weights are pickled (pytorch_model.bin); only safetensors are read")
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
@@ -521,6 +521,10 @@ class DNCTrainer(Trainer):
         if checkpoint is None:
             return
         with reading(checkpoint):
+            sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled  # which have files of their own
+            for name in () if sharded else (OPTIMIZER_NAME, SCHEDULER_NAME):
+                if not (Path(checkpoint) / name).is_file():
+                    raise ValueError(f"it has no {name}")
             super()._load_optimizer_and_scheduler(checkpoint)
             for group in self.optimizer.param_groups:
                 for parameter in group["params"]:
@@ -555,6 +559,8 @@ class DNCTrainer(Trainer):
         if checkpoint is None:
             return
         with reading(checkpoint):
+            rank = "" if self.args.world_size == 1 else f"_{self.args.process_index}"
+            self._require(Path(checkpoint) / f"rng_state{rank}.pth", "options")
             super()._load_rng_state(checkpoint)
             self._load_log(self._log_file(checkpoint))
             if self.streaming:
