@@ -101,6 +101,7 @@ class _StepStart(NamedTuple):
     device_random: Tensor | None  # and on the accelerator
     memory_states: dict[int, MemoryState]
     sums: dict[str, Tensor]
+    memory_sums: dict[str, Tensor]
     tr_loss: Tensor
 
 
@@ -256,6 +257,7 @@ class DNCTrainer(Trainer):
                 device.get_rng_state() if device is not None else None,
                 dict(self.memory_states),
                 dict(self._sums),
+                dict(self._memory_sums),
                 self._tr_loss.clone(),
             )
         return super().training_step(model, inputs, num_items_in_batch)
@@ -323,16 +325,20 @@ class DNCTrainer(Trainer):
         spread = write_entropy((writes * scored[..., None]).sum(1)).exp() / config.mem_slots
         filled = None if state is None else (state.memory != 0).any(-1)
         beyond = reads_beyond_window(outputs.read_weights, writes, config.n_positions, reset, filled)
-        sums = self._memory_sums
-        sums["targets"] += scored.sum()
-        sums["write_rate"] += ((gates > OPEN_GATE) & scored).sum()
-        sums["slot_use"] += (spread * scored.sum(1)).sum()
-        sums["read_strength"] += (outputs.read_strengths.mean(-1) * scored).sum()
-        sums["reads_beyond_window"] += (beyond * scored).sum()
-        sums["gate_histogram"] += torch.histc(gates[scored].float(), GATE_BINS, 0, 1)
+        added = {
+            "targets": scored.sum(),
+            "write_rate": ((gates > OPEN_GATE) & scored).sum(),
+            "slot_use": (spread * scored.sum(1)).sum(),
+            "read_strength": (outputs.read_strengths.mean(-1) * scored).sum(),
+            "reads_beyond_window": (beyond * scored).sum(),
+            "gate_histogram": torch.histc(gates[scored].float(), GATE_BINS, 0, 1),
+        }
+        for name, value in added.items():
+            self._add(name, value, self._memory_sums)
 
-    def _add(self, name: str, value: Tensor) -> None:
-        self._sums[name] = self._sums[name] + value  # not in place: what a step starts from is kept
+    def _add(self, name: str, value: Tensor, sums: Counter[str] | None = None) -> None:
+        sums = self._sums if sums is None else sums
+        sums[name] = sums[name] + value  # not in place: what a step starts from is kept
 
     # Numbers that are not finite
 
@@ -364,7 +370,8 @@ class DNCTrainer(Trainer):
         torch.set_rng_state(start.random)
         if start.device_random is not None:
             torch.get_device_module(self.args.device).set_rng_state(start.device_random)
-        self.memory_states, self._sums = start.memory_states, Counter(start.sums)
+        self.memory_states = start.memory_states
+        self._sums, self._memory_sums = Counter(start.sums), Counter(start.memory_sums)
         self._tr_loss.copy_(start.tr_loss)
         if self.streaming:
             self.train_dataset.go_to(self._place)
@@ -544,7 +551,9 @@ class DNCTrainer(Trainer):
         if self.streaming:
             self.train_dataset.save(self._data_file(output_dir))
         logged = torch.tensor(self._globalstep_last_logged)
-        sums = {"tr_loss": self._tr_loss, "last_logged": logged, **{f"sum.{k}": x for k, x in self._sums.items()}}
+        sums = {"tr_loss": self._tr_loss, "last_logged": logged}
+        for kind, part in (("sum", self._sums), ("memory", self._memory_sums)):
+            sums |= {f"{kind}.{name}": x for name, x in part.items()}
         save_file({name: x.clone() for name, x in sums.items()}, self._log_file(output_dir), metadata={"format": "pt"})
         if self.carry_memory and self.memory_states:
             tensors = {
@@ -574,7 +583,11 @@ class DNCTrainer(Trainer):
         sums = {name: x.to(self.args.device) for name, x in load_file(path).items()}
         self._tr_loss.copy_(sums.pop("tr_loss"))
         self._globalstep_last_logged = int(sums.pop("last_logged"))
-        self._sums = Counter({name.removeprefix("sum."): x for name, x in sums.items()})
+        parts = {"sum": Counter(), "memory": Counter()}
+        for name, x in sums.items():
+            kind, name = name.split(".")
+            parts[kind][name] = x
+        self._sums, self._memory_sums = parts["sum"], parts["memory"]
 
     def _load_memory(self, path: Path) -> None:
         if self.state.global_step > 0:  # before the first step there is no memory
