@@ -249,7 +249,7 @@ class DNCTrainer(Trainer):
         return batches, num_items
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        if inputs["micro_batch"] == 0:
+        if inputs.get("micro_batch") == 0:  # none where this is called on its own, not by `train`
             self._terms = []
             device = torch.get_device_module(self.args.device) if self.args.device.type != "cpu" else None
             self._step_start = _StepStart(

@@ -55,7 +55,7 @@ def test_sampling_draws_the_same_with_and_without_a_cache(tiny_model, addressing
 
 @every_addressing
 def test_beams_with_a_cache_equal_those_without(tiny_model, addressing):
-    model, tokens = tiny_model(addressing=addressing), prompt()
+    model, tokens = tiny_model(addressing=addressing), prompt(rows=6)
     options = {"num_beams": 3, "num_return_sequences": 2, "return_dict_in_generate": True, "output_scores": True}
     cached, uncached = (generate(model, tokens, use_cache=use_cache, **options) for use_cache in (True, False))
     assert torch.equal(cached.sequences, uncached.sequences)
