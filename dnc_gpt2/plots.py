@@ -263,7 +263,8 @@ def shares_by_distance(
     for axes, (title, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
         _style(axes, title, distance, "")
         for name, points in lines.items():
-            _draw(axes, points, names.index(name), name, linewidth=2)
+            index = names.index(name)
+            _draw(axes, points, index, name, linewidth=2, linestyle="-" if index < len(_COLOURS) else "--")
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
         axes.set_ylim(-0.03, 1.03)
