@@ -37,7 +37,7 @@ VOCABULARY, WINDOW, HIDDEN, LAYERS, HEADS = 512, 32, 64, 2, 4
 SLOTS = WIDTH = 64  # 4,096 numbers, which the other models' sizes are chosen to equal
 PAIRS = (4, 8, 16, 32, 64)
 POWER = 0.01  # of the law that the gaps follow, as in the paper
-BATCH, TRIAL_STEPS = 16, 100
+BATCH, TRIAL_STEPS = 16, 40
 LEARNING_RATES = (1e-3, 3e-3, 1e-2)
 
 
@@ -255,7 +255,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     names = list(SYSTEMS)
     parser.add_argument("--models", nargs="+", choices=names, default=names, metavar="NAME", help=" ".join(names))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--trial_steps", type=int, default=TRIAL_STEPS, help="of each learning rate")
     parser.add_argument("--queries", type=int, default=2000, help="questions asked at each number of pairs, at least")
     parser.add_argument(

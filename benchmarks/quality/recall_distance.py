@@ -224,11 +224,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--models", nargs="+", choices=names, default=names, metavar="NAME", help=" ".join(names))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument(
-        "--every", nargs="+", type=int, default=[0, 64, 16, 1], help="windows from one other fact to the next; 0: none"
+        "--every", nargs="+", type=int, default=[0, 64, 1], help="windows from one other fact to the next; 0: none"
     )
     parser.add_argument("--distances", nargs="+", type=int, default=[*(2**i for i in range(10)), 1000])
     parser.add_argument("--documents", type=int, default=128, help=f"of {FACTS} questions each")
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=300)
     parser.add_argument(
         "--folder", type=Path, default=Path("runs/quality/recall_distance"), help="what is finished lies here"
     )
