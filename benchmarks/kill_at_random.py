@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 KINDS = ("baseline", "dnc")
 OPTIONS = (
     "--tokenizer_vocab_size 280 --hidden_size 32 --num_layers 1 --num_heads 2 --dropout 0.1 --seq_len 16 "
-    "--windows_per_example 2 --mem_slots 16 --mem_width 16 --num_reads 1 --carry_memory true --max_steps 60 "
+    "--windows_per_example 2 --mem_slots 16 --mem_width 16 --num_reads 1 --carry_memory true --max_steps 24 "
     "--per_device_train_batch_size 4 --logging_steps 7 --save_steps 2 --save_total_limit 2 --scan eager --use_cpu true"
 )
 
@@ -30,7 +30,7 @@ OPTIONS = (
 def write_texts(folder: Path, seed: int) -> None:
     rng = random.Random(seed)
     words = ["".join(rng.choices("aeioulnrst", k=rng.randint(2, 7))) for _ in range(60)]
-    for name, count in (("train.txt", 4000), ("validation.txt", 400)):
+    for name, count in (("train.txt", 4000), ("validation.txt", 100)):
         (folder / name).write_text(" ".join(rng.choices(words, k=count)))
 
 
