@@ -27,12 +27,14 @@ from transformers.utils.generic import is_flash_attention_requested
 try:
     from .cache_dnc_gpt2 import DNCGPT2Cache, DNCGPT2StaticCache, Folding, Record, Rows, last_real, locate
     from .configuration_dnc_gpt2 import DNCGPT2Config
+    from .inputs_dnc_gpt2 import check_ids, check_inputs, check_targets
     from .losses_dnc_gpt2 import causal_lm_losses
     from .masks_dnc_gpt2 import Ancestry, branching_memory, visible_tokens
     from .memory_dnc_gpt2 import DNCMemory, MemoryOutput, MemoryState
 except ImportError:
     from cache_dnc_gpt2 import DNCGPT2Cache, DNCGPT2StaticCache, Folding, Record, Rows, last_real, locate
     from configuration_dnc_gpt2 import DNCGPT2Config
+    from inputs_dnc_gpt2 import check_ids, check_inputs, check_targets
     from losses_dnc_gpt2 import causal_lm_losses
     from masks_dnc_gpt2 import Ancestry, branching_memory, visible_tokens
     from memory_dnc_gpt2 import DNCMemory, MemoryOutput, MemoryState
@@ -199,9 +201,11 @@ class DNCGPT2Model(DNCGPT2PreTrainedModel, GPT2Model):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass either input_ids or inputs_embeds.")
         if inputs_embeds is None:
+            check_ids(input_ids, self.config.vocab_size, meta=self.device.type == "meta")
             self.warn_if_padding_and_no_attention_mask(input_ids, attention_mask)
-            inputs_embeds = self._embed(input_ids)
+            inputs_embeds = self.wte(input_ids)
         batch, tokens, _ = inputs_embeds.shape
+        check_inputs(batch, tokens, attention_mask, position_ids, memory_reset)
         custom = attention_mask is not None and attention_mask.dim() == 4
         mask = None if custom else self._real_tokens(attention_mask, batch, tokens)
         use_cache = self.config.use_cache if use_cache is None else use_cache
@@ -302,18 +306,6 @@ class DNCGPT2Model(DNCGPT2PreTrainedModel, GPT2Model):
         along_tokens += ("write_gates", "write_weights", "read_weights", "read_strengths")
         last = {name: getattr(outputs[-1], name) for name in ("past_key_values", "memory_state")}
         return DNCGPT2ModelOutput(**last, **{name: joined(name) for name in along_tokens})
-
-    def _embed(self, input_ids: Tensor) -> Tensor:
-        if input_ids.is_meta and not self.wte.weight.is_meta:  # the embedding would read anything
-            raise ValueError("input_ids are on the device meta, without data: pass those on the model's device.")
-        try:
-            return self.wte(input_ids)
-        except IndexError:  # on other devices than the CPU the data pipeline has to make sure
-            low, high = (int(bound) for bound in input_ids.aminmax())
-            raise ValueError(
-                f"input_ids hold {low if low < 0 else high}, but the vocabulary has the ids 0 to "
-                f"{self.wte.num_embeddings - 1}: use the tokenizer that was saved with this model."
-            ) from None
 
     @staticmethod
     def _real_tokens(attention_mask: Tensor | None, batch: int, tokens: int) -> Tensor | None:
@@ -648,6 +640,9 @@ class DNCGPT2LMHeadModel(DNCGPT2PreTrainedModel, GenerationMixin):
             return_dict=True,
             **kwargs,
         )
+        for name, targets in (("labels", labels), ("shift_labels", shift_labels)):
+            if targets is not None and isinstance(logits_to_keep, int) and logits_to_keep == 0:
+                check_targets(name, targets, outputs.last_hidden_state.shape[:2], self.config.vocab_size)
         loss = logits = base_logits = correct = divergence = None
         if output_logits:
             logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))

@@ -20,7 +20,18 @@ from dnc_gpt2.data import ExampleDataset, TokenizedText, train_tokenizer
 from dnc_gpt2.trainer import DNCTrainer, DNCTrainingArguments
 
 ADDRESSINGS = ["lru", "dnc", "simplified"]
-PARTS = ("configuration", "modeling", "cache", "masks", "memory", "losses", "kernels", "kernels_cpu", "kernels_cuda")
+PARTS = (
+    "configuration",
+    "modeling",
+    "cache",
+    "masks",
+    "memory",
+    "losses",
+    "inputs",
+    "kernels",
+    "kernels_cpu",
+    "kernels_cuda",
+)
 CODE = {f"{part}_dnc_gpt2.py" for part in PARTS}
 METRICS = {"loss": 3.5, "ppl": 33.115, "top1_acc": 0.2718}
 PROJECT = Path(__file__).parents[1]
