@@ -20,7 +20,6 @@ from configuration_dnc_gpt2 import DNCGPT2Config
 from . import report
 from .data import DataArguments
 from .opponents import OPPONENTS, opponent_names
-from .report import versions
 
 
 def _text(value: str) -> str:
@@ -67,8 +66,9 @@ class ModelArguments:
     address_token: bool = field(
         default=True, metadata={"help": "Address by a context's token beside its hidden state (lru)."}
     )
-    surprise_weight: float = field(
-        default=0.5, metadata={"help": "Initial weight of a token's surprise in the write gate's logit (lru)."}
+    surprise_weight: float | None = field(
+        default=None,
+        metadata={"help": "Initial weight of surprise in the write gate (lru); default 0.5, on a GPT-2 checkpoint 0."},
     )
     usage_decay: float = field(default=0.99, metadata={"help": "Factor that usage shrinks by at every token (lru)."})
     read_refresh: float = field(default=0.0, metadata={"help": "Share of a read that counts as use (lru)."})
@@ -224,7 +224,7 @@ def remember_run(folder: Path, data: DataArguments, seed: int, arguments: Sequen
             secret = argument.split("=")[0].endswith("token")
         if not secret:
             kept.append(argument)
-    run = {"data": asdict(data), "seed": seed, "versions": versions(), "arguments": kept}
+    run = {"data": asdict(data), "seed": seed, "versions": report.versions(), "arguments": kept}
     report.write_text(folder / RUN_FILE, report.to_json(run))
 
 

@@ -201,7 +201,7 @@ def test_opponents_are_named_on_the_command_line_or_in_a_file(tmp_path, source, 
 def test_memory_options_leave_out_what_is_not_set():
     options = ModelArguments(mem_slots=5, address_width=None, read_projection_init=None).memory_options()
     assert options["mem_slots"] == 5
-    assert "address_width" not in options and "read_projection_init" not in options
+    assert not {"address_width", "read_projection_init", "surprise_weight"} & set(options)
     assert not {"model", "hidden_size", "dropout"} & set(options)
 
 
