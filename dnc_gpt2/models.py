@@ -149,9 +149,7 @@ def load_model(name_or_path: str, trust_remote_code: bool = False) -> PreTrained
         model, info = AutoModelForCausalLM.from_pretrained(
             name_or_path, trust_remote_code=trust_remote_code, use_safetensors=True, output_loading_info=True
         )
-    except (
-        Exception
-    ) as error:  # depends on the damage: OSError, SafetensorError, RuntimeError, KeyError, TypeError, ...
+    except Exception as error:  # depends on the damage: OSError, SafetensorError, RuntimeError, KeyError, ...
         remedy = (
             "the folder needs config.json and model.safetensors as save_pretrained writes them"
             if Path(name_or_path).is_dir()

@@ -11,7 +11,6 @@ python benchmarks/quality/pretrained.py --train_file test.txt --validation_file 
 
 import argparse
 import json
-import statistics
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
@@ -22,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 import real_text
-from real_text import SETTING, command_options, run
+from real_text import SETTING, command_options, run, summary
 from timing import publish
 
 from dnc_gpt2.data import load_tokenizer
@@ -143,11 +142,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows = []
     for name in options.models:
         results = [row(name, seed, options) for seed in options.seeds]
-        means = [statistics.fmean(result[key] for result in results) for key in ("ppl", "before", "after")]
-        intervals = " ".join("{:.3f}-{:.3f}".format(*r["interval"]) for r in results if r["interval"]) or None
-        gates = [result["gate"] for result in results if result["gate"] is not None]
-        seeds = " ".join(map(str, options.seeds))
-        rows.append([name, seeds, *means, intervals, statistics.fmean(gates) if gates else None])
+        rows.append([name, *summary(results, options.seeds, "ppl", "before", "after")])
     columns = ["ratio to GPT-2 before", "ratio to GPT-2 fine-tuned", "95 % interval of each seed", "write gate"]
     publish(f"Pretrained, {options.steps} steps", ["model", "seeds", "perplexity", *columns], rows, options.output)
 

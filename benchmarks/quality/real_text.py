@@ -127,6 +127,14 @@ def row(name: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def summary(results: Sequence[Mapping[str, Any]], seeds: Sequence[int], *means: str) -> list[Any]:
+    """A table's cells of one model: its seeds, the mean of these numbers, every seed's interval, the mean gate."""
+    gates = [result["gate"] for result in results if result["gate"] is not None]
+    intervals = " ".join("{:.3f}-{:.3f}".format(*r["interval"]) for r in results if r["interval"]) or None
+    averages = [statistics.fmean(result[key] for result in results) for key in means]
+    return [" ".join(map(str, seeds)), *averages, intervals, statistics.fmean(gates) if gates else None]
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--train_file", required=True, help="text to train on")
@@ -143,11 +151,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows = []
     for name in options.models:
         results = [row(name, seed, options) for seed in options.seeds]
-        mean = {key: statistics.fmean(result[key] for result in results) for key in ("ppl", "ratio")}
-        gates = [result["gate"] for result in results if result["gate"] is not None]
-        intervals = " ".join("{:.3f}-{:.3f}".format(*r["interval"]) for r in results if r["interval"]) or None
-        seeds = " ".join(map(str, options.seeds))
-        rows.append([name, seeds, *mean.values(), intervals, statistics.fmean(gates) if gates else None])
+        rows.append([name, *summary(results, options.seeds, "ppl", "ratio")])
     header = ["model", "seeds", "perplexity", "ratio to GPT-2", "95 % interval of each seed", "write gate"]
     publish(f"Real text, {options.steps} steps", header, rows, options.output)
 
