@@ -28,7 +28,9 @@ class DNCGPT2Config(GPT2Config):
             (`"lru"`).
         surprise_weight: initial weight of a token's surprise, minus the logit that the backbone gave it, in its write
             gate's logit (`"lru"`).
-        usage_decay: factor in (0, 1] by which usage shrinks at every token (`"lru"`).
+        write_threshold: sigmoid up to which a write gate is shut, from where it opens to 1, in [0, 1) (`"lru"`). Tokens
+            that are not worth a row then write nothing at all, however many they are.
+        usage_decay: factor in (0, 1] by which usage shrinks with every whole write (`"lru"`).
         read_refresh: share of a read that counts as use, 0 or more (`"lru"`).
         write_gate_bias, allocation_gate_bias, erase_gate_bias, read_gate_bias: initial logits of these gates (`"lru"`).
         read_strength_init: initial read strength, one number for all heads or one a head (`"lru"`). `None` means 9 for
@@ -57,6 +59,7 @@ class DNCGPT2Config(GPT2Config):
     token_shift: bool = True
     address_token: bool = True
     surprise_weight: float | int = 0.5
+    write_threshold: float | int = 0.05
     usage_decay: float | int = 0.99
     read_refresh: float | int = 0.0
     write_gate_bias: float | int = 2.0
@@ -125,6 +128,7 @@ class DNCGPT2Config(GPT2Config):
             self._require("address_width", self.address_width is None, allowed)
         allowed = "false without temporal_links, for there are no links to sharpen"
         self._require("sharpen_links", self.temporal_links or not self.sharpen_links, allowed)
+        self._require("write_threshold", 0 <= self.write_threshold < 1, "a number in [0, 1)")
         self._require("usage_decay", 0 < self.usage_decay <= 1, "a number in (0, 1]")
         self._require("read_refresh", 0 <= self.read_refresh < math.inf, "a finite number of at least 0")
         biases = ("write_gate_bias", "allocation_gate_bias", "erase_gate_bias", "read_gate_bias")

@@ -530,9 +530,13 @@ def add(values, out):
 @_kernel(fastmath=False)
 def least_used(usage, write_weights, read_weights, usage_decay, read_refresh):
     """Update `usage` [N] in place and return the least used slot, the lowest index on ties."""
+    written = write_weights[0]
+    for n in range(1, usage.shape[0]):
+        written = written + write_weights[n]
+    kept = 1 - (1 - usage_decay) * written
     best = 0
     for n in range(usage.shape[0]):
-        usage[n] = usage_decay * usage[n] + write_weights[n]
+        usage[n] = kept * usage[n] + write_weights[n]
         if read_refresh != 0:
             total = read_weights[0, n]
             for r in range(1, read_weights.shape[0]):

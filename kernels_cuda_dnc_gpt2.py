@@ -683,7 +683,7 @@ def forward_kernel(x, state, outputs, saved, checkpoints, scratch, tokens, chunk
                     usage = (usage + (1.0 - usage) * weights) * retained
                     allocation = sorted_allocation(usage, usage_at, saved.order + i * S.slots, S)
                 else:
-                    usage = S.usage_decay * usage + weights
+                    usage = (1.0 - (1.0 - S.usage_decay) * tl.sum(weights, 0)) * usage + weights
                     if S.read_refresh != 0:
                         total = load_slots(read_at, S)
                         for r in range(1, S.heads):

@@ -151,8 +151,12 @@ def sorted_allocation(usage: Tensor) -> Tensor:
 def decayed_usage(
     usage: Tensor, write_weights: Tensor, read_weights: Tensor, decay: float, read_refresh: float
 ) -> Tensor:
-    """Usage [B, N] of `"lru"`: an exponentially decaying sum of writes (and of reads, by `read_refresh`)."""
-    usage = decay * usage + write_weights
+    """Usage [B, N] of `"lru"`: a sum of writes (and of reads, by `read_refresh`) that decays as more is written.
+
+    It does not decay with time: while the write gate is shut, what is kept does not age, for a thousand windows or more.
+    """
+    written = write_weights.sum(dim=-1, keepdim=True)
+    usage = (1 - (1 - decay) * written) * usage + write_weights
     return usage + read_refresh * read_weights.sum(dim=1) if read_refresh else usage
 
 
@@ -305,7 +309,7 @@ class DNCMemory(nn.Module):
         self.config = config
         # Looking something up in a config takes as long as a small matrix product.
         self.addressing, self.address_columns = config.addressing, config.address_columns
-        self.num_reads = config.num_reads
+        self.num_reads, self.write_threshold = config.num_reads, config.write_threshold
         self.token_shift, self.address_token = config.token_shift, config.address_token
         hidden, width, address, heads = config.n_embd, config.mem_width, config.address_columns, config.num_reads
         self.state_shapes = self._state_shapes()
@@ -494,12 +498,17 @@ class DNCMemory(nn.Module):
             write_strengths=one_plus(strength),
             write_vectors=torch.cat([address, self.write_value(token)], dim=-1),
             erase_vectors=torch.sigmoid(self.erase(control)),
-            write_gates=torch.sigmoid(write_gate) * has_previous,  # a document's first token writes nothing
+            write_gates=self._shut(torch.sigmoid(write_gate)) * has_previous,  # a document's first token writes nothing
             allocation_gates=torch.sigmoid(allocation_gate),
             read_keys=read_keys,
             read_strengths=one_plus(read_strength),
         )
         return interface, torch.sigmoid(read_gate)
+
+    def _shut(self, gates: Tensor) -> Tensor:
+        """Gates in [0, 1] of which those up to the threshold are 0: what leaks through thousands of them is much."""
+        threshold = self.write_threshold
+        return torch.relu(gates - threshold) / (1 - threshold)
 
     def _dnc_interface(self, hidden: Tensor) -> MemoryInterface:
         config = self.config

@@ -102,9 +102,8 @@ def violations(output: MemoryOutput, config: DNCGPT2Config) -> list[str]:
     if config.addressing == "lru":
         require("usage >= 0", state.usage >= 0)
         require("reads sum to 1", (state.read_weights.sum(-1) - 1).abs() <= TOLERANCE)
-        if config.usage_decay < 1:  # at most a write and the heads' refreshes a token, decaying
-            most = (1 + config.read_refresh * config.num_reads) / (1 - config.usage_decay)
-            within("usage", state.usage, 0, most)
+        if config.usage_decay < 1 and not config.read_refresh:
+            within("usage", state.usage, 0, 1 / (1 - config.usage_decay))
     else:
         within("usage", state.usage, 0, 1)
     if config.addressing == "simplified":

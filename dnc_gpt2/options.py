@@ -70,7 +70,8 @@ class ModelArguments:
         default=None,
         metadata={"help": "Initial weight of surprise in the write gate (lru); default 0.5, on a GPT-2 checkpoint 0."},
     )
-    usage_decay: float = field(default=0.99, metadata={"help": "Factor that usage shrinks by at every token (lru)."})
+    write_threshold: float = field(default=0.05, metadata={"help": "Sigmoid up to which write gates are shut (lru)."})
+    usage_decay: float = field(default=0.99, metadata={"help": "Factor that usage shrinks by at every write (lru)."})
     read_refresh: float = field(default=0.0, metadata={"help": "Share of a read that counts as use (lru)."})
     write_gate_bias: float = field(default=2.0, metadata={"help": "Initial logit of the write gate (lru)."})
     allocation_gate_bias: float = field(default=6.0, metadata={"help": "Initial logit of the allocation gate (lru)."})

@@ -213,10 +213,11 @@ def lru_step(
     """Reads of the value columns [R][W - A] and the new state."""
     slots, heads = range(len(s.memory)), range(len(x.read_keys))
     usage = []
+    written = sum((weight.detach() for weight in s.write_weights), zero())
     for n in slots:
         refreshed = sum((s.read_weights[r][n].detach() for r in heads), zero())
-        decayed = usage_decay * s.usage[n].detach() + s.write_weights[n].detach() + read_refresh * refreshed
-        usage.append(decayed)
+        kept = (1 - (1 - usage_decay) * written) * s.usage[n].detach()
+        usage.append(kept + s.write_weights[n].detach() + read_refresh * refreshed)
     emptiest = min(slots, key=lambda n: usage[n].item())  # min() returns the first on ties
     content = content_addressing(x.write_keys, x.write_strengths, [row[:address_columns] for row in s.memory])
     g_a = x.allocation_gates
@@ -365,6 +366,7 @@ class ReferenceMemory:
         control_hidden = [zero() for _ in hidden] if first else previous[0]
         control = [*control_hidden, *token]
         write_gate, allocation_gate, strength = self.map("write_control", control)
+        surprise = surprise_weight * dot(control_hidden, embedding)
         address = [zero() for _ in range(self.config.address_columns)]
         if not first:
             before, before_token = previous
@@ -378,14 +380,16 @@ class ReferenceMemory:
             write_strengths=one_plus(strength),
             write_vectors=[*address, *self.map("write_value", token)],
             erase_vectors=[torch.sigmoid(e) for e in self.map("erase", control)],
-            write_gates=zero()
-            if first
-            else torch.sigmoid(write_gate - surprise_weight * dot(control_hidden, embedding)),
+            write_gates=zero() if first else self.shut(torch.sigmoid(write_gate - surprise)),
             read_keys=[place(key, token_key) for key, token_key in zip(keys, token_keys, strict=True)],
             read_strengths=[one_plus(s) for s in strengths],
             allocation_gates=torch.sigmoid(allocation_gate),
         )
         return x, [torch.sigmoid(g) for g in gates]
+
+    def shut(self, gate):
+        threshold = self.config.write_threshold
+        return (gate - threshold) / (1 - threshold) if gate > threshold else zero()
 
     def row(
         self, hidden: list, embeddings: list, s: RowState, mask: list[bool], reset: list[bool]

@@ -19,6 +19,7 @@ MEMORY_DEFAULTS = {
     "token_shift": True,
     "address_token": True,
     "surprise_weight": 0.5,
+    "write_threshold": 0.05,
     "usage_decay": 0.99,
     "read_refresh": 0.0,
     "write_gate_bias": 2.0,
@@ -87,6 +88,7 @@ REFUSED = [
         ("address_width", 8, f'None with addressing="{name}"', {"addressing": name, "mem_width": 8})
         for name in ADDRESSINGS[1:]
     ],
+    *[("write_threshold", value, "a number in [0, 1)", {}) for value in (-0.01, 1.0, math.inf, math.nan)],
     *[("usage_decay", value, "a number in (0, 1]", {}) for value in (0.0, -0.5, 1.01, math.inf, math.nan)],
     *[("read_refresh", value, "a finite number of at least 0", {}) for value in (-0.1, math.inf, math.nan)],
     *[(name, value, "a finite number", {}) for name in BIASES for value in (math.inf, -math.inf, math.nan)],
@@ -126,7 +128,11 @@ MISTYPED = [
         )
         for value in (1, "yes", None)
     ],
-    *[(name, value, "float") for name in ("usage_decay", "read_refresh", *BIASES) for value in ("0.5", True, None)],
+    *[
+        (name, value, "float")
+        for name in ("write_threshold", "usage_decay", "read_refresh", *BIASES)
+        for value in ("0.5", True, None)
+    ],
     *[("read_strength_init", value, "float") for value in ("9", True)],
     ("read_strength_init", ["4", 8, 16, 32], "float"),
     ("read_projection_init", 0, "str"),
@@ -161,6 +167,7 @@ def test_alias_is_validated_like_its_field():
         {"mem_width": 1, "addressing": "dnc"},
         {"mem_width": 1, "addressing": "simplified"},
         {"usage_decay": 1},
+        {"write_threshold": 0},
         {"usage_decay": 1e-3, "read_refresh": 2},
         {"write_gate_bias": -3, "read_gate_bias": 0},
         {"read_strength_init": 2},
@@ -216,6 +223,7 @@ OTHERS = {
     "token_shift": False,
     "address_token": False,
     "surprise_weight": 0.25,
+    "write_threshold": 0.1,
     "usage_decay": 0.5,
     "read_refresh": 0.25,
     "write_gate_bias": 1.0,

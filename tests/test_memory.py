@@ -519,11 +519,14 @@ def test_least_used_allocation_is_one_hot_at_the_first_of_the_least_used(usage):
 
 @properties
 @given(vectors(), weightings(), st.floats(0.01, 1))
-def test_usage_of_lru_decays_without_writes(usage, reads, decay):
-    nothing = torch.zeros_like(usage)
-    assert_close(decayed_usage(usage, nothing, reads[:, None], decay, 0.0), decay * usage, tolerance=1e-15)
+def test_usage_of_lru_decays_with_writes_alone(usage, reads, decay):
+    nothing, full = torch.zeros_like(usage), one_hot(1)
+    assert (decayed_usage(usage, nothing, reads[:, None], decay, 0.0) == usage).all()
+    assert_close(decayed_usage(usage, full, reads[:, None], decay, 0.0), decay * usage + full, tolerance=1e-12)
+    half = (1 + decay) / 2 * usage + full / 2
+    assert_close(decayed_usage(usage, full / 2, reads[:, None], decay, 0.0), half, tolerance=1e-12)
     refreshed = decayed_usage(usage, nothing, torch.stack([reads, reads], 1), decay, 0.5)
-    assert_close(refreshed, decay * usage + reads, tolerance=1e-12)
+    assert_close(refreshed, usage + reads, tolerance=1e-12)
 
 
 def test_usage_of_lru_may_exceed_one():
@@ -560,8 +563,18 @@ def test_write_gate_closes_for_a_token_that_the_context_before_it_foresaw():
     hidden = context.expand(3, 2, -1)
     gates = memory(hidden, torch.stack([torch.zeros_like(tokens), tokens], dim=1)).write_gates[:, 1]
     logits = torch.stack([-context @ context, torch.zeros([]), context @ context])
-    assert_close(gates, torch.sigmoid(2 - 0.5 * logits))
+    assert_close(gates, (torch.sigmoid(2 - 0.5 * logits) - 0.05).clamp_min(0) / 0.95)
     assert gates[0] > gates[1] > gates[2]
+
+
+@pytest.mark.parametrize("bias, gate", [(-5, 0), (-3, 0), (0, (0.5 - 0.05) / 0.95), (40, 1)])
+def test_a_write_gate_up_to_the_threshold_is_shut_and_leaves_the_memory_as_it_is(bias, gate):
+    memory = make_memory(spread=0, addressing="lru", write_gate_bias=bias, surprise_weight=0, write_threshold=0.05)
+    output = memory(*inputs(1, 4))
+    assert_close(output.write_gates[0, 1:], torch.full((3,), gate, dtype=torch.float64), tolerance=1e-12)
+    if gate == 0:
+        for name in ("memory", "usage", "write_weights"):
+            assert (getattr(output.state, name) == 0).all()
 
 
 @pytest.mark.parametrize("heads", [1, 4])
@@ -755,7 +768,7 @@ def test_rows_do_not_depend_on_their_neighbours(options):
 
 @every_case
 def test_detached_state_cuts_the_gradient_and_an_attached_one_lets_it_through(options):
-    memory = make_memory(**options)
+    memory = make_memory(**options, write_threshold=0)  # a shut gate lets no gradient through either
     hidden, embeddings = inputs(2, 6)
     hidden, embeddings = hidden.requires_grad_(), embeddings.requires_grad_()
     state = memory(hidden[:, :3], embeddings[:, :3]).state
