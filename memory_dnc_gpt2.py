@@ -153,7 +153,7 @@ def decayed_usage(
 ) -> Tensor:
     """Usage [B, N] of `"lru"`: a sum of writes (and of reads, by `read_refresh`) that decays as more is written.
 
-    It does not decay with time: while the write gate is shut, what is kept does not age, for a thousand windows or more.
+    It does not decay with time: while the write gate is shut, what is kept does not age, over a thousand windows too.
     """
     written = write_weights.sum(dim=-1, keepdim=True)
     usage = (1 - (1 - decay) * written) * usage + write_weights
