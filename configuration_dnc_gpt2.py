@@ -38,6 +38,8 @@ class DNCGPT2Config(GPT2Config):
             these grow with log(mem_slots), as the softmax has to tell a row from more others.
         read_projection_init: `"transpose"` of the write vector's projection, `"zero"` (the model then starts as its
             backbone) or `"normal"`. `None` means `"transpose"` for `"lru"` and `"normal"` otherwise.
+        pointer_weight: share in [0, 1) of a prediction, outside of training, that goes to the tokens in the slots, to
+            each as its slot is read (`"lru"`). 0 is none; `train.py` finds the best on held-out text.
         temporal_links: follow the order of writes when reading (`"dnc"`).
         masked_content, erase_on_free, sharpen_links: the three improvements of Csordas and Schmidhuber 2019 (`"dnc"`).
         scan: implementation of the recurrence: `"auto"` (numba on the CPU, Triton on CUDA), `"eager"`, `"numba"` or
@@ -68,6 +70,7 @@ class DNCGPT2Config(GPT2Config):
     read_gate_bias: float | int = -1.0
     read_strength_init: float | int | list[float | int] | None = None
     read_projection_init: str | None = None
+    pointer_weight: float | int = 0.0
     temporal_links: bool = True
     masked_content: bool = False
     erase_on_free: bool = False
@@ -129,6 +132,9 @@ class DNCGPT2Config(GPT2Config):
         allowed = "false without temporal_links, for there are no links to sharpen"
         self._require("sharpen_links", self.temporal_links or not self.sharpen_links, allowed)
         self._require("write_threshold", 0 <= self.write_threshold < 1, "a number in [0, 1)")
+        self._require("pointer_weight", 0 <= self.pointer_weight < 1, "a number in [0, 1)")
+        allowed = f'0 with addressing="{self.addressing}", whose slots do not hold single tokens'
+        self._require("pointer_weight", self.addressing == "lru" or self.pointer_weight == 0, allowed)
         self._require("usage_decay", 0 < self.usage_decay <= 1, "a number in (0, 1]")
         self._require("read_refresh", 0 <= self.read_refresh < math.inf, "a finite number of at least 0")
         biases = ("write_gate_bias", "allocation_gate_bias", "erase_gate_bias", "read_gate_bias")

@@ -57,6 +57,12 @@ def check_targets(name: str, targets: Tensor, shape: tuple[int, int], vocab_size
     _require_known(name, torch.where(targets == IGNORED, 0, targets), vocab_size)
 
 
+def check_slot_tokens(tokens: Tensor, vocab_size: int) -> None:
+    """Raise a ValueError unless a memory state's tokens [B, N] are 0 or 1 + a token id."""
+    _require_type("memory_state.slot_tokens", tokens, (torch.int64,))
+    _require_known("memory_state.slot_tokens", tokens, vocab_size + 1)
+
+
 def _require_type(name: str, x: object, dtypes: Sequence[torch.dtype]) -> None:
     kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
     if kind not in dtypes:

@@ -68,7 +68,14 @@ class Ancestry(NamedTuple):
 
 
 def branching_memory(
-    memory: DNCMemory, hidden: Tensor, embeddings: Tensor, state: MemoryState | None, ancestry: Ancestry, reset: Tensor
+    memory: DNCMemory,
+    hidden: Tensor,
+    embeddings: Tensor,
+    state: MemoryState | None,
+    ancestry: Ancestry,
+    reset: Tensor,
+    input_ids: Tensor | None,
+    output_slot_tokens: bool,
 ) -> MemoryOutput:
     """`memory` over [B, T, H], each token from the state after its parent: token by token, with a state for each.
 
@@ -82,13 +89,14 @@ def branching_memory(
     for t in range(tokens):
         now = slice(t, t + 1)
         before = _choose(states, ancestry.parents[:, t] + 1)
-        outputs.append(
-            memory(hidden[:, now], embeddings[:, now], before, ancestry.real[:, now].contiguous(), reset[:, now])
-        )
+        real = ancestry.real[:, now].contiguous()
+        ids = None if input_ids is None else input_ids[:, now]
+        outputs.append(memory(hidden[:, now], embeddings[:, now], before, real, reset[:, now], ids, output_slot_tokens))
         states.append(outputs[-1].state)
     last = (torch.arange(1, tokens + 1, device=hidden.device) * ancestry.real).amax(-1)
     *parts, _ = zip(*outputs, strict=True)
-    return MemoryOutput(*(torch.cat(part, dim=1) for part in parts), _choose(states, last))
+    joined = (None if part[0] is None else torch.cat(part, dim=1) for part in parts)
+    return MemoryOutput(*joined, _choose(states, last))
 
 
 def _choose(states: list[MemoryState], index: Tensor) -> MemoryState:

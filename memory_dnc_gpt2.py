@@ -20,9 +20,11 @@ from transformers.utils.generic import maybe_autocast
 try:
     from .configuration_dnc_gpt2 import DNCGPT2Config
     from .kernels_dnc_gpt2 import fused_scan
+    from .pointer_dnc_gpt2 import slot_tokens
 except ImportError:
     from configuration_dnc_gpt2 import DNCGPT2Config
     from kernels_dnc_gpt2 import fused_scan
+    from pointer_dnc_gpt2 import slot_tokens
 
 EPSILON = 1e-6
 SMALLEST = 2.0**-126  # of the normal numbers of float32: the reciprocal of a smaller one is infinite
@@ -40,6 +42,7 @@ class MemoryState(NamedTuple):
     previous_hidden: Tensor  # [B, H], final hidden state of the last token
     started: Tensor  # [B], 1 where previous_hidden holds a token of this document, else 0
     previous_embedding: Tensor | None = None  # [B, H], embedding of the last token; "lru" whose addresses look at it
+    slot_tokens: Tensor | None = None  # [B, N], 1 + id of the token that each slot holds, 0 where there is none; "lru"
 
     def map(self, function) -> "MemoryState":
         """The state with `function` applied to every tensor."""
@@ -50,8 +53,11 @@ class MemoryState(NamedTuple):
         return self.map(Tensor.detach)
 
     def to(self, *args, **kwargs) -> "MemoryState":
-        """`Tensor.to` for every tensor."""
-        return self.map(lambda x: x.to(*args, **kwargs))
+        """`Tensor.to` for every tensor; those of token ids stay integers."""
+        state = self.map(lambda x: x.to(*args, **kwargs))
+        if self.slot_tokens is None:
+            return state
+        return state._replace(slot_tokens=self.slot_tokens.to(state.memory.device))
 
     def index_select(self, rows: Tensor) -> "MemoryState":
         """The state of the given batch rows (LongTensor), in their order."""
@@ -73,7 +79,7 @@ class MemoryState(NamedTuple):
             tensors = load_file(path, device=device)
         except SafetensorError as error:
             raise ValueError(f"{path} is not a readable safetensors file ({error}); save the state again.") from error
-        required = set(cls._fields) - {"link", "precedence", "previous_embedding"}
+        required = set(cls._fields) - {"link", "precedence", "previous_embedding", "slot_tokens"}
         if not required <= set(tensors) <= set(cls._fields):
             raise ValueError(f"{path} holds {sorted(tensors)}, not a memory state with {sorted(required)}.")
         return cls(**{name: tensors.get(name) for name in cls._fields})
@@ -295,6 +301,7 @@ class MemoryOutput(NamedTuple):
     write_weights: Tensor  # [B, T, N]
     read_weights: Tensor  # [B, T, R, N]
     read_strengths: Tensor  # [B, T, R], of the content addressing
+    slot_tokens: Tensor | None  # [B, T, N] as in the state, after each token; "lru", where it was asked for
     state: MemoryState
 
 
@@ -351,6 +358,8 @@ class DNCMemory(nn.Module):
             name: None if shape is None else torch.zeros((batch_size, *shape), device=device, dtype=dtype)
             for name, shape in self.state_shapes.items()
         }
+        if zeros["slot_tokens"] is not None:
+            zeros["slot_tokens"] = zeros["slot_tokens"].long()
         return MemoryState(**zeros)
 
     def _state_shapes(self) -> dict[str, tuple[int, ...] | None]:
@@ -368,6 +377,7 @@ class DNCMemory(nn.Module):
             "previous_hidden": (config.n_embd,),
             "started": (),
             "previous_embedding": (config.n_embd,) if config.addressing == "lru" and config.address_token else None,
+            "slot_tokens": (slots,) if config.addressing == "lru" else None,
         }
 
     def check_state(self, state: MemoryState, batch_size: int) -> None:
@@ -391,6 +401,8 @@ class DNCMemory(nn.Module):
         state: MemoryState | None = None,
         mask: Tensor | None = None,
         reset: Tensor | None = None,
+        input_ids: Tensor | None = None,
+        output_slot_tokens: bool = False,
     ) -> MemoryOutput:
         """Write and read once a token.
 
@@ -400,6 +412,8 @@ class DNCMemory(nn.Module):
             state: the state before the first token; `None` is an empty memory.
             mask: [B, T] bool, real tokens; the others leave the state bit-equal and read zero.
             reset: [B, T] bool, tokens before which the memory is emptied.
+            input_ids: [B, T] the tokens, which the slots are to remember; `None` where they have no ids.
+            output_slot_tokens: return the token that each slot holds after each token.
 
         The recurrence computes in at least float32, whatever the dtype outside.
         """
@@ -427,6 +441,10 @@ class DNCMemory(nn.Module):
             output = fused_scan(interface, state, self.config)
             output = recurrence(interface, state, self.config) if output is None else ScanOutput(*output)
         last = dict(zip(("previous_hidden", "previous_embedding"), last.chunk(len(kept), dim=-1), strict=False))
+        held = None
+        if state.slot_tokens is not None:
+            held = slot_tokens(input_ids, output.write_weights.detach(), state.slot_tokens, reset, output_slot_tokens)
+            last["slot_tokens"] = held[:, -1]
         state = output.state._replace(**last, started=started.to(dtype))
         reads = output.reads
         if read_gates is not None:
@@ -434,7 +452,13 @@ class DNCMemory(nn.Module):
         read_hidden = self.read_projection(reads.flatten(2).to(hidden_states.dtype))
         write_gates = interface.write_gates if mask is None else interface.write_gates * mask
         return MemoryOutput(
-            read_hidden, write_gates, output.write_weights, output.read_weights, interface.read_strengths, state
+            read_hidden,
+            write_gates,
+            output.write_weights,
+            output.read_weights,
+            interface.read_strengths,
+            held if output_slot_tokens else None,
+            state,
         )
 
     def _previous(

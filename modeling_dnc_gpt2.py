@@ -27,17 +27,19 @@ from transformers.utils.generic import is_flash_attention_requested
 try:
     from .cache_dnc_gpt2 import DNCGPT2Cache, DNCGPT2StaticCache, Folding, Record, Rows, last_real, locate
     from .configuration_dnc_gpt2 import DNCGPT2Config
-    from .inputs_dnc_gpt2 import check_ids, check_inputs, check_targets
-    from .losses_dnc_gpt2 import causal_lm_losses
+    from .inputs_dnc_gpt2 import check_ids, check_inputs, check_slot_tokens, check_targets
+    from .losses_dnc_gpt2 import IGNORED, causal_lm_losses
     from .masks_dnc_gpt2 import Ancestry, branching_memory, visible_tokens
     from .memory_dnc_gpt2 import DNCMemory, MemoryOutput, MemoryState
+    from .pointer_dnc_gpt2 import mix
 except ImportError:
     from cache_dnc_gpt2 import DNCGPT2Cache, DNCGPT2StaticCache, Folding, Record, Rows, last_real, locate
     from configuration_dnc_gpt2 import DNCGPT2Config
-    from inputs_dnc_gpt2 import check_ids, check_inputs, check_targets
-    from losses_dnc_gpt2 import causal_lm_losses
+    from inputs_dnc_gpt2 import check_ids, check_inputs, check_slot_tokens, check_targets
+    from losses_dnc_gpt2 import IGNORED, causal_lm_losses
     from masks_dnc_gpt2 import Ancestry, branching_memory, visible_tokens
     from memory_dnc_gpt2 import DNCMemory, MemoryOutput, MemoryState
+    from pointer_dnc_gpt2 import mix
 
 
 logger = logging.get_logger(__name__)
@@ -53,8 +55,8 @@ class DNCGPT2ModelOutput(ModelOutput):
         past_key_values: `DNCGPT2Cache` with `use_cache`.
         hidden_states, attentions: as GPT-2's; the last of `hidden_states` is `last_hidden_state`.
         memory_state: `MemoryState` after the last token.
-        write_gates [B, T], write_weights [B, T, N], read_weights [B, T, R, N], read_strengths [B, T, R]: with
-            `output_memory`.
+        write_gates [B, T], write_weights [B, T, N], read_weights [B, T, R, N], read_strengths [B, T, R], slot_tokens
+            [B, T, N] (1 + id of the token that a slot holds, 0 where there is none; `"lru"`): with `output_memory`.
     """
 
     last_hidden_state: Tensor | None = None
@@ -67,6 +69,7 @@ class DNCGPT2ModelOutput(ModelOutput):
     write_weights: Tensor | None = None
     read_weights: Tensor | None = None
     read_strengths: Tensor | None = None
+    slot_tokens: Tensor | None = None
 
 
 @dataclass
@@ -95,6 +98,7 @@ class DNCGPT2CausalLMOutput(ModelOutput):
     write_weights: Tensor | None = None
     read_weights: Tensor | None = None
     read_strengths: Tensor | None = None
+    slot_tokens: Tensor | None = None
 
 
 class DNCGPT2PreTrainedModel(GPT2PreTrainedModel):
@@ -217,10 +221,13 @@ class DNCGPT2Model(DNCGPT2PreTrainedModel, GPT2Model):
         options = {name: option for name, option in options.items() if option is not None} | kwargs
         if not custom and self._needs_mask_of_pairs(cache, mask, position_ids, tokens):
             inputs = {"token_type_ids": token_type_ids, "position_ids": position_ids, "memory_reset": memory_reset}
-            inputs |= {"inputs_embeds": inputs_embeds, "attention_mask": mask}
+            tokens_given = {"inputs_embeds": inputs_embeds} if input_ids is None else {"input_ids": input_ids}
+            inputs |= {**tokens_given, "attention_mask": mask}
             return self._one_by_one(inputs, tokens, past_key_values=cache, output_memory=output_memory, **options)
         before = cache.snapshot() if cache is not None and cache.is_recording else None
         state = cache.memory_state if cache is not None and cache.has_tokens else memory_state
+        if state is not None and state is memory_state and state.slot_tokens is not None:
+            check_slot_tokens(state.slot_tokens, self.config.vocab_size)
         ancestry = None
         if custom:
             if is_flash_attention_requested(self.config):
@@ -246,9 +253,10 @@ class DNCGPT2Model(DNCGPT2PreTrainedModel, GPT2Model):
 
         def remember(real: Tensor | None) -> MemoryOutput:
             if ancestry is None or not ancestry.branches:
-                return self.memory(hidden, inputs_embeds, state, real, memory_reset)
+                return self.memory(hidden, inputs_embeds, state, real, memory_reset, input_ids, output_memory)
             told = ancestry._replace(real=real)
-            return branching_memory(self.memory, hidden, inputs_embeds, state, told, memory_reset)
+            ids = input_ids, output_memory
+            return branching_memory(self.memory, hidden, inputs_embeds, state, told, memory_reset, *ids)
 
         memory = remember(mask)
         last_hidden_state = hidden + memory.hidden_states
@@ -279,6 +287,7 @@ class DNCGPT2Model(DNCGPT2PreTrainedModel, GPT2Model):
             write_weights=memory.write_weights if output_memory else None,
             read_weights=memory.read_weights if output_memory else None,
             read_strengths=memory.read_strengths if output_memory else None,
+            slot_tokens=memory.slot_tokens,
         )
 
     def _needs_mask_of_pairs(self, cache, mask: Tensor | None, position_ids: Tensor | None, tokens: int) -> bool:
@@ -303,7 +312,7 @@ class DNCGPT2Model(DNCGPT2PreTrainedModel, GPT2Model):
             return tuple(torch.cat(layer, dim=1) for layer in zip(*parts, strict=True))
 
         along_tokens = ("last_hidden_state", "base_hidden_state", "hidden_states")
-        along_tokens += ("write_gates", "write_weights", "read_weights", "read_strengths")
+        along_tokens += ("write_gates", "write_weights", "read_weights", "read_strengths", "slot_tokens")
         last = {name: getattr(outputs[-1], name) for name in ("past_key_values", "memory_state")}
         return DNCGPT2ModelOutput(**last, **{name: joined(name) for name in along_tokens})
 
@@ -575,7 +584,11 @@ def _bias(visible: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class DNCGPT2LMHeadModel(DNCGPT2PreTrainedModel, GenerationMixin):
-    """`DNCGPT2Model` with GPT-2's language-modelling head, tied to the token embeddings."""
+    """`DNCGPT2Model` with GPT-2's language-modelling head, tied to the token embeddings.
+
+    Outside of training, `config.pointer_weight` of each prediction goes to the tokens that the memory's slots hold (see
+    `pointer_dnc_gpt2`): the logits are then those of the mixture. Trained with it, the memory learns to read less well.
+    """
 
     _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}
 
@@ -617,13 +630,14 @@ class DNCGPT2LMHeadModel(DNCGPT2PreTrainedModel, GenerationMixin):
             num_items_in_batch: the number that the summed cross-entropy is divided by, the count of targets by default.
             output_base_logits: also return the logits of the same hidden states without the read.
             output_logits: whether to build logits at all. Without them the loss is computed in chunks of tokens, and
-                memory does not grow with the vocabulary.
+                memory does not grow with the vocabulary (but where slots are pointed at).
             output_divergence: with `output_logits=False`, how much the read changes each prediction; [B, T] bool
                 chooses the tokens.
             logits_to_keep: compute the logits of the last so many tokens (or these positions) alone; 0 is all.
         """
         # As in GPT-2 it is no name in the signature: `Trainer` would ask every batch for it as for `labels`.
         shift_labels = kwargs.pop("shift_labels", None)
+        points = self.points
         outputs = self.transformer(
             input_ids,
             past_key_values=past_key_values,
@@ -634,7 +648,7 @@ class DNCGPT2LMHeadModel(DNCGPT2PreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             memory_state=memory_state,
             memory_reset=memory_reset,
-            output_memory=output_memory,
+            output_memory=output_memory or points,
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
             return_dict=True,
@@ -644,12 +658,14 @@ class DNCGPT2LMHeadModel(DNCGPT2PreTrainedModel, GenerationMixin):
             if targets is not None and isinstance(logits_to_keep, int) and logits_to_keep == 0:
                 check_targets(name, targets, outputs.last_hidden_state.shape[:2], self.config.vocab_size)
         loss = logits = base_logits = correct = divergence = None
-        if output_logits:
-            logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        if output_logits or points:
+            pointed = (outputs.slot_tokens, outputs.read_weights.mean(2)) if points else ()
+            parts = (slice_logits_to_keep(x, logits_to_keep) for x in (outputs.last_hidden_state, *pointed))
+            logits = self.logits(*parts)
         if output_base_logits:
             base_logits = self.lm_head(slice_logits_to_keep(outputs.base_hidden_state, logits_to_keep))
-        if not output_logits:
-            compare = isinstance(output_divergence, Tensor) or output_divergence
+        compare = isinstance(output_divergence, Tensor) or output_divergence
+        if not output_logits and not points:
             loss, correct, divergence = causal_lm_losses(
                 self.lm_head,
                 outputs.last_hidden_state,
@@ -667,6 +683,14 @@ class DNCGPT2LMHeadModel(DNCGPT2PreTrainedModel, GenerationMixin):
                 num_items_in_batch=num_items_in_batch,
                 shift_labels=shift_labels,
             )
+        if not output_logits and points:
+            targets = F.pad(labels, (0, 1), value=IGNORED)[..., 1:] if shift_labels is None else shift_labels
+            correct = logits.argmax(-1) == targets
+            if compare:
+                log_p, log_base = logits.log_softmax(-1), self.lm_head(outputs.base_hidden_state).log_softmax(-1)
+                asked = (targets != IGNORED) & output_divergence
+                divergence = (asked * (log_p.exp() * (log_p - log_base)).sum(-1)).detach()
+            logits = None
         return DNCGPT2CausalLMOutput(
             loss=loss,
             logits=logits,
@@ -677,11 +701,27 @@ class DNCGPT2LMHeadModel(DNCGPT2PreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             memory_state=outputs.memory_state,
-            write_gates=outputs.write_gates,
-            write_weights=outputs.write_weights,
-            read_weights=outputs.read_weights,
-            read_strengths=outputs.read_strengths,
+            write_gates=outputs.write_gates if output_memory else None,
+            write_weights=outputs.write_weights if output_memory else None,
+            read_weights=outputs.read_weights if output_memory else None,
+            read_strengths=outputs.read_strengths if output_memory else None,
+            slot_tokens=outputs.slot_tokens if output_memory else None,
         )
+
+    @property
+    def points(self) -> bool:
+        """Whether predictions point at slots."""
+        return not self.training and self.config.pointer_weight > 0
+
+    def logits(self, hidden: Tensor, slot_tokens: Tensor | None = None, read_weights: Tensor | None = None) -> Tensor:
+        """Logits [..., V] of final hidden states [..., H].
+
+        Args: slot_tokens [..., N] and read_weights [..., N], averaged over the heads, for a model that `points`.
+        """
+        logits = self.lm_head(hidden)
+        if not self.points or slot_tokens is None:
+            return logits
+        return mix(logits, slot_tokens, self.config.pointer_weight * read_weights).to(logits.dtype)
 
     def _expand_inputs_for_generation(self, expand_size: int = 1, *args, **kwargs) -> tuple[Tensor, dict[str, Any]]:
         # Transformers expands tensors alone.

@@ -21,7 +21,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from dnc_gpt2 import DNCGPT2Config
 from dnc_gpt2.card import model_card
 from dnc_gpt2.checkpoints import fault, newest_whole
-from dnc_gpt2.comparison import Comparison, evaluation_dataset, printed
+from dnc_gpt2.comparison import Comparison, evaluation_dataset, printed, tuning_dataset
 from dnc_gpt2.corpus import is_embedded, load_corpus
 from dnc_gpt2.data import (
     TOKENIZER_CHARS,
@@ -45,6 +45,7 @@ from dnc_gpt2.options import (
     parse,
     remember_run,
 )
+from dnc_gpt2.pointing import has_pointer
 from dnc_gpt2.report import has_memory_metrics, write_text
 from dnc_gpt2.signals import StopOnSignal
 from dnc_gpt2.streaming import StreamedExamples
@@ -104,12 +105,14 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         pretrained=model_arguments.model_name_or_path,
     )
     vocabulary = min(model.config.vocab_size for model in models.values())
-    train_text = None
+    train_text = held_out = None
     if stream is None:
         train_text = tokenize_texts(corpus.texts["train"], tokenizer, "training", data.max_train_tokens, vocabulary)
     eval_text = tokenize_texts(corpus.texts["validation"], tokenizer, "validation", data.max_eval_tokens, vocabulary)
     if data.held_out_tokens:
-        train_text, _ = split_end(train_text, data.held_out_tokens, tokenizer)
+        train_text, held_out_text = split_end(train_text, data.held_out_tokens, tokenizer)
+        if model_arguments.pointer_weight is None:
+            held_out = tuning_dataset(held_out_text, data, tokenizer)
     eval_dataset = evaluation_dataset(eval_text, data)
 
     if training.should_save and training.overwrite_output_dir:
@@ -138,6 +141,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
             eval_dataset,
             carry_memory=data.carry_memory,
             eval_streams=data.eval_streams,
+            tuning_dataset=held_out if has_pointer(model) else None,
             processing_class=tokenizer,
         )
         train(trainer, checkpoints[kind])
@@ -344,6 +348,8 @@ def train(trainer: DNCTrainer, checkpoint: str | None) -> None:
     history = trainer.state.log_history
     if not any("eval_loss" in row and row["step"] == trainer.state.global_step for row in history):
         trainer.evaluate()
+    else:
+        trainer.tune_pointer()  # for these weights, which may come from a checkpoint
     trainer.save_model()
     trainer.save_state()
 

@@ -3,6 +3,7 @@
 import logging
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,8 @@ from .html_report import write_html_report
 from .inspection import Inspection, inspect, inspect_tokens
 from .metrics import MEMORY_METRICS
 from .models import count_parameters, has_memory, load_model, require_checkpoint, window_size
-from .opponents import TUNING_TOKENS, NeuralCache, NeuralCacheRunner, OverlappingRunner, tune_neural_cache
+from .opponents import NeuralCache, NeuralCacheRunner, OverlappingRunner, tune_neural_cache
+from .pointing import TUNING_TOKENS
 from .profiles import Profile, distances, positions
 from .statistics import RESAMPLES, paired_difference, resampling_units
 
@@ -210,19 +212,11 @@ class Comparison:
             )
         corpus = load_corpus(data, ("train",))
         text = tokenize_texts(corpus.texts["train"], self.tokenizer, "training", data.max_train_tokens)
-        tokens = min(data.held_out_tokens or TUNING_TOKENS, TUNING_TOKENS)
-        if tokens < len(text.tokens) - 1:
-            _, text = split_end(text, tokens, self.tokenizer)
-        dataset = ExampleDataset(
-            text,
-            data.seq_len,
-            data.windows_per_example,
-            streams=1 if data.carry_memory else None,
-            reset_at_documents=data.reset_at_documents,
-        )
+        if data.held_out_tokens:
+            _, text = split_end(text, data.held_out_tokens, self.tokenizer)
         return tune_neural_cache(
             model,
-            dataset,
+            tuning_dataset(text, data, self.tokenizer),
             entries,
             carry_memory=data.carry_memory,
             batch_size=self.batch_size,
@@ -313,6 +307,13 @@ def evaluation_dataset(text: TokenizedText, data: DataArguments) -> ExampleDatas
         streams=data.eval_streams if data.carry_memory else None,
         reset_at_documents=data.reset_at_documents,
     )
+
+
+def tuning_dataset(text: TokenizedText, data: DataArguments, tokenizer: PreTrainedTokenizerBase) -> ExampleDataset:
+    """The last `TUNING_TOKENS` of a text; where memory is carried one stream, so that it fills as in a long one."""
+    if len(text.tokens) - 1 > TUNING_TOKENS:
+        _, text = split_end(text, TUNING_TOKENS, tokenizer)
+    return evaluation_dataset(text, replace(data, eval_streams=1))
 
 
 def histories(comparison: Mapping[str, Any]) -> dict[str, list[dict[str, float]]]:

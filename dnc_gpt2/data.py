@@ -97,7 +97,9 @@ class DataArguments:
     )
     held_out_tokens: int = field(
         default=0,
-        metadata={"help": "Do not train on the text's last tokens, so many; the neural cache is tuned on them."},
+        metadata={
+            "help": "Do not train on so many last tokens: the memory's pointer and a neural cache are tuned there."
+        },
     )
     max_train_tokens: int | None = field(default=None, metadata={"help": "Train on the first tokens only."})
     max_eval_tokens: int | None = field(default=None, metadata={"help": "Evaluate on the first tokens only."})

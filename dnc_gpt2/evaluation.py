@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import ModelOutput
 
 from .data import EMPTY, IGNORED, ExampleDataset, collate, evaluation_rows
 from .metrics import LanguageModelMetrics, MemoryMetrics
@@ -91,6 +93,27 @@ def write_entropy(write_weights: Tensor) -> Tensor:
     return -(share * share.clamp_min(torch.finfo(share.dtype).tiny).log()).sum(-1)
 
 
+class HiddenStates(NamedTuple):
+    """What predictions are made of: [B, X, ...] or [M, ...], the last three of a model with memory."""
+
+    hidden: Tensor  # [..., H]
+    base_hidden: Tensor | None = None  # [..., H], without the memory's read
+    slot_tokens: Tensor | None = None  # [..., N]
+    read_weights: Tensor | None = None  # [..., N], averaged over the heads
+
+    @classmethod
+    def of(cls, outputs: ModelOutput) -> "HiddenStates":
+        """Those of a backbone with memory, run with `output_memory`."""
+        reads = None if outputs.slot_tokens is None else outputs.read_weights.mean(2)
+        return cls(outputs.last_hidden_state, outputs.base_hidden_state, outputs.slot_tokens, reads)
+
+    def logits(self, model: PreTrainedModel, part: slice) -> Tensor:
+        """Of some of the first dimension."""
+        if self.slot_tokens is None:
+            return model.lm_head(self.hidden[part])
+        return model.logits(self.hidden[part], self.slot_tokens[part], self.read_weights[part])
+
+
 class Runner:
     """Runs a model over batches in text order and hands its memory on; other ways to score a text derive from it."""
 
@@ -101,19 +124,17 @@ class Runner:
     def __call__(self, batch: dict[str, Tensor], carry_memory: bool) -> dict[str, Tensor]:
         """Columns [M] of the batch's M scored targets, row by row: see `prediction_columns`, and the memory's."""
         scored = batch["shift_labels"] != IGNORED
-        hidden, base_hidden, columns = self.hidden_states(batch, carry_memory)
+        states, columns = self.hidden_states(batch, carry_memory)
         columns = {name: column[scored] for name, column in columns.items()}
-        base_hidden = None if base_hidden is None else base_hidden[scored]
-        return columns | predictions(self.model.lm_head, hidden[scored], batch["shift_labels"][scored], base_hidden)
+        states = HiddenStates(*(None if x is None else x[scored] for x in states))
+        return columns | predictions(self.model, states, batch["shift_labels"][scored])
 
-    def hidden_states(
-        self, batch: dict[str, Tensor], carry_memory: bool
-    ) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
-        """Final hidden states [B, X, H] with and without the read, and the memory's columns [B, X]."""
+    def hidden_states(self, batch: dict[str, Tensor], carry_memory: bool) -> tuple[HiddenStates, dict[str, Tensor]]:
+        """What predictions are made of, and the memory's columns [B, X]."""
         if not self.memory:
             inputs = backbone_inputs(self.model, batch)["input_ids"]
             hidden = self.model.transformer(inputs, use_cache=False).last_hidden_state
-            return hidden.reshape(*batch["input_ids"].shape, -1), None, {}
+            return HiddenStates(hidden.reshape(*batch["input_ids"].shape, -1)), {}
         outputs = self.model.transformer(
             batch["input_ids"],
             attention_mask=batch["attention_mask"],
@@ -124,7 +145,7 @@ class Runner:
         )
         self.state = outputs.memory_state
         columns = {"write_gate": outputs.write_gates, "write_sparsity": write_sparsity(outputs.write_weights)}
-        return outputs.last_hidden_state, outputs.base_hidden_state, columns
+        return HiddenStates.of(outputs), columns
 
 
 @torch.no_grad()
@@ -185,16 +206,14 @@ def evaluate(
     return Evaluation(columns, seconds)
 
 
-def predictions(
-    lm_head: torch.nn.Module, hidden: Tensor, targets: Tensor, base_hidden: Tensor | None
-) -> dict[str, Tensor]:
-    """`prediction_columns` of hidden states [M, H], a chunk of tokens at a time."""
+def predictions(model: PreTrainedModel, states: HiddenStates, targets: Tensor) -> dict[str, Tensor]:
+    """`prediction_columns` of M targets, a chunk of tokens at a time."""
     chunks = []
     for start in range(0, len(targets), TOKENS_PER_CHUNK):
         part = slice(start, start + TOKENS_PER_CHUNK)
-        inputs = [lm_head(hidden[part]), targets[part]]
-        if base_hidden is not None:
-            inputs.append(lm_head(base_hidden[part]))
+        inputs = [states.logits(model, part), targets[part]]
+        if states.base_hidden is not None:
+            inputs.append(model.lm_head(states.base_hidden[part]))
         chunks += [prediction_columns(*piece) for piece in split_tokens(*inputs)]
     return {name: torch.cat([chunk[name] for chunk in chunks]) for name in (chunks[0] if chunks else ())}
 

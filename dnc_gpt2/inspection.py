@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .attribution import effective_writes, slot_shares
-from .evaluation import predictions
+from .evaluation import HiddenStates, predictions
 from .models import has_memory
 
 SOURCES_SHOWN = 8
@@ -34,8 +34,8 @@ class Inspection:
         held: [T, N] share of each slot that is written, after each token.
         holders: [T, N] the token that each slot mostly holds after each token, -1 where it is empty.
         log_probabilities: [T] of each token given those before it, in nats; NaN for the first.
-        gains: [T] how much of it is due to the read: the log-probability less that of the same hidden state without
-            the read; NaN for the first.
+        gains: [T] how much of it is due to the memory: the log-probability less that of the same hidden state without
+            the read, and without pointing at slots; NaN for the first.
     """
 
     tokens: list[str]
@@ -112,9 +112,10 @@ def inspect_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, i
     was_training = model.training
     ids = ids.to(next(model.parameters()).device)
     out = model.eval().transformer(ids[None], output_memory=True, use_cache=False)
+    states = HiddenStates(*(None if x is None else x[0, :-1] for x in HiddenStates.of(out)))
     surprise, base_surprise = (
-        predictions(model.lm_head, hidden[0, :-1], ids[1:], None).get("nll", ids.new_zeros(0, dtype=torch.float32))
-        for hidden in (out.last_hidden_state, out.base_hidden_state)
+        predictions(model, states, ids[1:]).get("nll", ids.new_zeros(0, dtype=torch.float32))
+        for states in (states._replace(base_hidden=None), HiddenStates(states.base_hidden))
     )
     model.train(was_training)
     reads = out.read_weights[0].float().cpu()

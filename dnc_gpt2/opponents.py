@@ -17,10 +17,12 @@ from torch import Tensor
 from transformers import GPT2LMHeadModel, PreTrainedModel
 
 from configuration_dnc_gpt2 import DNCGPT2Config
+from pointer_dnc_gpt2 import mix
 
 from .data import IGNORED, ExampleDataset, collate, evaluation_rows
-from .evaluation import TOKENS_PER_CHUNK, Runner, finite, prediction_columns, predictions, split_tokens
+from .evaluation import TOKENS_PER_CHUNK, HiddenStates, Runner, prediction_columns, predictions, split_tokens
 from .models import count_parameters, gpt2_config, new_models, window_size
+from .pointing import best_share
 
 SCORED = ("neural_cache", "overlapping")
 """Opponents that score the plain GPT-2's checkpoint in another way."""
@@ -30,13 +32,8 @@ TRAINED = {"widened": "widened", "long_window": "long_window", "simplified": "si
 
 OPPONENTS = ("widened", "neural_cache", "overlapping", "long_window", "simplified", "dnc")
 
-TUNING_TOKENS = 10_000
-"""Most tokens that the neural cache is tuned on."""
-
 STRENGTHS = (0.0, *(2 ** (step / 2) for step in range(17)))
 """theta times the mean squared norm of the hidden states, 0 to 256: what the neural cache tries."""
-SHARES = tuple(step / 100 for step in range(100))
-"""lambda, 0 to 0.99: what the neural cache tries."""
 
 
 def opponent_names(text: str) -> list[str]:
@@ -88,7 +85,7 @@ def opponent_model(
     """
     if name in ("simplified", "dnc"):
         # Both look at whole rows; every other field of the memory stays.
-        kind, changes = "dnc", {"addressing": name, "address_width": None}
+        kind, changes = "dnc", {"addressing": name, "address_width": None, "pointer_weight": 0.0}
     else:
         kind = "baseline"
         changes = {"n_positions": example_length} if name == "long_window" else widened_sizes(config, parameters)
@@ -133,7 +130,7 @@ class OverlappingRunner(Runner):
         """Tokens from one window to the next."""
         return max(1, window_size(self.model, example_length) // 2)
 
-    def hidden_states(self, batch: dict[str, Tensor], carry_memory: bool) -> tuple[Tensor, None, dict[str, Tensor]]:
+    def hidden_states(self, batch: dict[str, Tensor], carry_memory: bool) -> tuple[HiddenStates, dict[str, Tensor]]:
         inputs = batch["input_ids"]
         length, device = inputs.shape[1], inputs.device
         window, stride = window_size(self.model, length), self.stride(length)
@@ -147,7 +144,7 @@ class OverlappingRunner(Runner):
         hidden = hidden.unflatten(0, (len(inputs), len(starts)))
         tokens = torch.arange(length, device=device)
         self.state = text[:, -(window - stride) :]
-        return hidden[:, tokens // stride, before + tokens - starts[tokens // stride]], None, {}
+        return HiddenStates(hidden[:, tokens // stride, before + tokens - starts[tokens // stride]]), {}
 
 
 # Neural cache
@@ -223,23 +220,16 @@ class NeuralCacheRunner(Runner):
         self.cache, self.entries = cache, _Entries(cache.entries)
 
     def __call__(self, batch: dict[str, Tensor], carry_memory: bool) -> dict[str, Tensor]:
-        hidden, _, _ = self.hidden_states(batch, carry_memory)
+        hidden = self.hidden_states(batch, carry_memory)[0].hidden
         chunks = []
         for row, tokens, scores, visible, words in self.entries.attend(hidden, batch, carry_memory):
             weights = _weights(scores, visible, self.cache.theta)
             logits, targets = self.model.lm_head(hidden[row, tokens]), batch["shift_labels"][row, tokens]
             for piece, piece_weights, piece_targets in split_tokens(logits, weights, targets):
-                mixture = self._mixture(piece, piece_weights, words)
+                tokens_held = (words + 1).expand_as(piece_weights)
+                mixture = mix(piece, tokens_held, self.cache.share * piece_weights)
                 chunks.append(prediction_columns(mixture, piece_targets))
         return {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}
-
-    def _mixture(self, logits: Tensor, weights: Tensor, words: Tensor) -> Tensor:
-        """Logarithm of the mixture of softmax(logits) [m, V] and of the cache, weights [m, K] of words [K]."""
-        model = finite(logits).log_softmax(-1)
-        cached = torch.zeros_like(model).index_add_(1, words, weights.to(model.dtype))
-        share = self.cache.share * weights.any(-1, keepdim=True).to(model.dtype)
-        # In logarithms: a small probability of the model must not become 0.
-        return torch.logaddexp(torch.log1p(-share) + model, share.log() + cached.log())
 
 
 @torch.no_grad()
@@ -252,7 +242,7 @@ def tune_neural_cache(
     batch_size: int = 8,
     autocast: Callable = nullcontext,
 ) -> NeuralCache:
-    """The theta and lambda, among `STRENGTHS` and `SHARES`, under which a text is most probable.
+    """The theta and lambda, among `STRENGTHS` and `pointing.SHARES`, under which a text is most probable.
 
     Args:
         model: a plain GPT-2.
@@ -266,10 +256,10 @@ def tune_neural_cache(
         passes = []
         for rows in evaluation_rows(len(dataset), 1 if carry_memory else None, batch_size):
             batch = {name: x.to(device) for name, x in collate([dataset[row] for row in rows]).items()}
-            passes.append((batch, runner.hidden_states(batch, carry_memory)[0]))
+            passes.append((batch, runner.hidden_states(batch, carry_memory)[0].hidden))
         states = torch.cat([hidden[batch["shift_labels"] != IGNORED] for batch, hidden in passes])
         targets = torch.cat([batch["shift_labels"][batch["shift_labels"] != IGNORED] for batch, _ in passes])
-        log_model = -predictions(model.lm_head, states, targets, None)["nll"].double().cpu()
+        log_model = -predictions(model, HiddenStates(states), targets)["nll"].double().cpu()
     scale = float(states.double().square().sum(-1).mean())
     thetas = [strength / scale for strength in STRENGTHS]
     found: list[Tensor] = []  # probability of the target in the cache, [thetas, c]
@@ -279,14 +269,11 @@ def tune_neural_cache(
             right = words == batch["shift_labels"][row, tokens][:, None]
             found.append(torch.stack([(_weights(scores, visible, theta) * right).sum(-1) for theta in thetas]))
             filled.append(visible.any(-1))
-    log_cache, any_entry = torch.cat(found, dim=1).double().log().cpu(), torch.cat(filled).cpu()
+    cached, any_entry = torch.cat(found, dim=1).double().cpu(), torch.cat(filled).double().cpu()
     best = (-math.inf, 0.0, 0.0)
-    for theta, row in zip(thetas, log_cache, strict=True):
-        for value in SHARES:
-            share = value * any_entry.double()
-            mixture = torch.logaddexp(torch.log1p(-share) + log_model, share.log() + row)
-            # Of equal ones the smaller share and theta.
-            best = max(best, (float(mixture.mean()), -theta, -value))
+    for theta, mass in zip(thetas, cached, strict=True):
+        likelihood, share = best_share(log_model, mass, any_entry)
+        best = max(best, (likelihood, -theta, -share))  # of equal ones the smaller theta
     model.train(was_training)
     return NeuralCache(entries, theta=-best[1], share=-best[2])
 

@@ -70,6 +70,10 @@ class ModelArguments:
         default=None,
         metadata={"help": "Initial weight of surprise in the write gate (lru); default 0.5, on a GPT-2 checkpoint 0."},
     )
+    pointer_weight: float | None = field(
+        default=None,
+        metadata={"help": "Share of predictions left to what slots hold (lru); tuned with --held_out_tokens, else 0."},
+    )
     write_threshold: float = field(default=0.05, metadata={"help": "Sigmoid up to which write gates are shut (lru)."})
     usage_decay: float = field(default=0.99, metadata={"help": "Factor that usage shrinks by at every write (lru)."})
     read_refresh: float = field(default=0.0, metadata={"help": "Share of a read that counts as use (lru)."})

@@ -28,6 +28,7 @@ from .evaluation import evaluate, write_entropy
 from .histograms import report_histogram
 from .metrics import OPEN_GATE
 from .models import allow_loss_without_logits, backbone_inputs, has_memory
+from .pointing import tune_pointer
 from .report import replacing
 from .streaming import Place, StreamedExamples
 
@@ -129,6 +130,7 @@ class DNCTrainer(Trainer):
 
     Args:
         carry_memory: train on contiguous streams whose memory passes, detached, from step to step, and evaluate so.
+        tuning_dataset: text that is not trained on, to tune the memory's pointer on before each evaluation.
         eval_streams: contiguous streams of the evaluation split under `carry_memory`.
     """
 
@@ -140,11 +142,12 @@ class DNCTrainer(Trainer):
         eval_dataset: ExampleDataset | None = None,
         carry_memory: bool = False,
         eval_streams: int = 4,
+        tuning_dataset: ExampleDataset | None = None,
         **kwargs: Any,
     ):
         allow_loss_without_logits(model)
         use_cache = model.config.use_cache
-        self.carry_memory, self.eval_streams = carry_memory, eval_streams
+        self.carry_memory, self.eval_streams, self.tuning_dataset = carry_memory, eval_streams, tuning_dataset
         self.streaming = isinstance(train_dataset, StreamedExamples)
         if self.streaming:
             if args.dataloader_num_workers:
@@ -416,19 +419,21 @@ class DNCTrainer(Trainer):
     def evaluate(
         self, eval_dataset: ExampleDataset | None = None, ignore_keys=None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Metrics of the whole split, token-weighted: see `dnc_gpt2.metrics`. Leaves the training streams alone."""
+        """Metrics of the whole split, token-weighted: see `dnc_gpt2.metrics`. Leaves the training streams alone.
+
+        Where there is a text to tune the memory's pointer on, that comes first.
+        """
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        self.tune_pointer()
         result = evaluate(
             self.accelerator.unwrap_model(self.model),
             dataset,
-            carry_memory=self.carry_memory,
             streams=self.eval_streams,
-            batch_size=self.args.per_device_eval_batch_size,
             rank=self.args.process_index,
             world_size=self.args.world_size,
             gather=partial(self.accelerator.reduce, reduction="sum") if self.args.world_size > 1 else None,
-            autocast=self.accelerator.autocast,
             progress=not self.args.disable_tqdm and self.is_world_process_zero(),
+            **self._evaluation_options(),
         )
         metrics = result.metrics(dataset.text.num_bytes, dataset.text.num_words)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
@@ -436,6 +441,18 @@ class DNCTrainer(Trainer):
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def tune_pointer(self) -> None:
+        """Find the memory's `pointer_weight` on the text that is held out for this, if there is one."""
+        if self.tuning_dataset is not None:
+            tune_pointer(self.accelerator.unwrap_model(self.model), self.tuning_dataset, **self._evaluation_options())
+
+    def _evaluation_options(self) -> dict[str, Any]:
+        return {
+            "carry_memory": self.carry_memory,
+            "batch_size": self.args.per_device_eval_batch_size,
+            "autocast": self.accelerator.autocast,
+        }
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """The library's general card, unless there is a card already: that one tells more."""

@@ -110,6 +110,7 @@ class RowState:
     previous_hidden: list  # [H]
     started: bool
     previous_embedding: list | None = None  # [H]
+    slot_tokens: list | None = None  # [N], 1 + token id, 0 for none
 
     def empty(self) -> "RowState":
         def cleared(x):
@@ -117,7 +118,9 @@ class RowState:
 
         names = ("memory", "usage", "write_weights", "read_weights", "link", "precedence", "previous_hidden")
         names += ("previous_embedding",)
-        return RowState(**{name: cleared(getattr(self, name)) for name in names}, started=False)
+        slot_tokens = None if self.slot_tokens is None else [0] * len(self.slot_tokens)
+        cleared_parts = {name: cleared(getattr(self, name)) for name in names}
+        return RowState(**cleared_parts, started=False, slot_tokens=slot_tokens)
 
 
 @dataclass
@@ -226,7 +229,8 @@ def lru_step(
     addresses = [row[:address_columns] for row in memory]
     wr = [content_addressing(x.read_keys[r], x.read_strengths[r], addresses) for r in heads]
     reads = [read([row[address_columns:] for row in memory], wr[r]) for r in heads]
-    return reads, RowState(memory, usage, w, wr, None, None, s.previous_hidden, s.started, s.previous_embedding)
+    kept = s.previous_hidden, s.started, s.previous_embedding, s.slot_tokens
+    return reads, RowState(memory, usage, w, wr, None, None, *kept)
 
 
 def step(x: TokenInterface, s: RowState, config: DNCGPT2Config) -> tuple[list, RowState]:
@@ -242,7 +246,8 @@ def row_states(state: MemoryState) -> list[RowState]:
     rows = []
     for b in range(state.memory.shape[0]):
         parts = {name: None if x is None else elements(x[b]) for name, x in state._asdict().items()}
-        rows.append(RowState(**{**parts, "started": bool(state.started[b])}))
+        tokens = None if state.slot_tokens is None else state.slot_tokens[b].tolist()
+        rows.append(RowState(**{**parts, "started": bool(state.started[b]), "slot_tokens": tokens}))
     return rows
 
 
@@ -253,6 +258,8 @@ def batch_state(rows: list[RowState]) -> MemoryState:
         parts = [getattr(row, name) for row in rows]
         if name == "started":
             fields[name] = torch.tensor(parts, dtype=torch.float64)
+        elif name == "slot_tokens":
+            fields[name] = None if parts[0] is None else torch.tensor(parts)
         else:
             fields[name] = None if parts[0] is None else assemble(parts)
     return MemoryState(**fields)
@@ -392,16 +399,16 @@ class ReferenceMemory:
         return (gate - threshold) / (1 - threshold) if gate > threshold else zero()
 
     def row(
-        self, hidden: list, embeddings: list, s: RowState, mask: list[bool], reset: list[bool]
+        self, hidden: list, embeddings: list, s: RowState, mask: list[bool], reset: list[bool], ids: list[int]
     ) -> tuple[list, list, list, list, RowState]:
-        """Of one row: what is added to the hidden states [T][H], gates, write weights, read weights, final state.
+        """Of one row what is in `MemoryOutput`, and the final state.
 
         Entries of masked tokens are None.
         """
         config, outputs = self.config, []
         for t, real in enumerate(mask):
             if not real:
-                outputs.append((None,) * 5)
+                outputs.append((None,) * 6)
                 continue
             if reset[t]:
                 s = s.empty()
@@ -417,14 +424,24 @@ class ReferenceMemory:
                     [value * gate for value in read_vector] for read_vector, gate in zip(reads, gates, strict=True)
                 ]
             added = self.map("read_projection", [value for read_vector in reads for value in read_vector])
-            outputs.append((added, x.write_gates, s.write_weights, s.read_weights, x.read_strengths))
+            if s.slot_tokens is not None:
+                pairs = zip(s.write_weights, s.slot_tokens, strict=True)
+                s.slot_tokens = [ids[t] + 1 if weight.item() > 0.5 else before for weight, before in pairs]
+            tokens = None if s.slot_tokens is None else torch.tensor(s.slot_tokens)
+            outputs.append((added, x.write_gates, s.write_weights, s.read_weights, x.read_strengths, tokens))
             s.previous_hidden, s.started = hidden[t], True
             if s.previous_embedding is not None:
                 s.previous_embedding = embeddings[t]
         return *(list(column) for column in zip(*outputs, strict=True)), s
 
     def __call__(
-        self, hidden: Tensor, embeddings: Tensor, state: MemoryState, mask: Tensor | None, reset: Tensor | None
+        self,
+        hidden: Tensor,
+        embeddings: Tensor,
+        state: MemoryState,
+        mask: Tensor | None,
+        reset: Tensor | None,
+        ids: Tensor,
     ) -> tuple[list[MemoryOutput], MemoryState]:
         """Of each row its outputs at real tokens (state None), and the final state of the batch."""
         batch, tokens, _ = hidden.shape
@@ -432,8 +449,10 @@ class ReferenceMemory:
         reset = torch.zeros(batch, tokens, dtype=torch.bool) if reset is None else reset
         outputs, states = [], []
         for b, s in enumerate(row_states(state)):
-            *columns, s = self.row(elements(hidden[b]), elements(embeddings[b]), s, mask[b].tolist(), reset[b].tolist())
-            real = [assemble([entry for entry in column if entry is not None]) for column in columns]
+            lists = mask[b].tolist(), reset[b].tolist(), ids[b].tolist()
+            *columns, s = self.row(elements(hidden[b]), elements(embeddings[b]), s, *lists)
+            real = [[entry for entry in column if entry is not None] for column in columns]
+            real = [assemble(column) if column else None for column in real]
             outputs.append(MemoryOutput(*real, state=None))
             states.append(s)
         return outputs, batch_state(states)

@@ -28,6 +28,7 @@ MEMORY_DEFAULTS = {
     "read_gate_bias": -1.0,
     "read_strength_init": None,
     "read_projection_init": None,
+    "pointer_weight": 0.0,
     "temporal_links": True,
     "masked_content": False,
     "erase_on_free": False,
@@ -89,6 +90,11 @@ REFUSED = [
         for name in ADDRESSINGS[1:]
     ],
     *[("write_threshold", value, "a number in [0, 1)", {}) for value in (-0.01, 1.0, math.inf, math.nan)],
+    *[("pointer_weight", value, "a number in [0, 1)", {}) for value in (-0.01, 1.0, math.inf, math.nan)],
+    *[
+        ("pointer_weight", 0.1, f'0 with addressing="{name}"', {"addressing": name, "mem_width": 8})
+        for name in ADDRESSINGS[1:]
+    ],
     *[("usage_decay", value, "a number in (0, 1]", {}) for value in (0.0, -0.5, 1.01, math.inf, math.nan)],
     *[("read_refresh", value, "a finite number of at least 0", {}) for value in (-0.1, math.inf, math.nan)],
     *[(name, value, "a finite number", {}) for name in BIASES for value in (math.inf, -math.inf, math.nan)],
@@ -130,7 +136,7 @@ MISTYPED = [
     ],
     *[
         (name, value, "float")
-        for name in ("write_threshold", "usage_decay", "read_refresh", *BIASES)
+        for name in ("pointer_weight", "write_threshold", "usage_decay", "read_refresh", *BIASES)
         for value in ("0.5", True, None)
     ],
     *[("read_strength_init", value, "float") for value in ("9", True)],
@@ -168,6 +174,7 @@ def test_alias_is_validated_like_its_field():
         {"mem_width": 1, "addressing": "simplified"},
         {"usage_decay": 1},
         {"write_threshold": 0},
+        {"pointer_weight": 0.99},
         {"usage_decay": 1e-3, "read_refresh": 2},
         {"write_gate_bias": -3, "read_gate_bias": 0},
         {"read_strength_init": 2},

@@ -28,6 +28,7 @@ PARTS = (
     "memory",
     "losses",
     "inputs",
+    "pointer",
     "kernels",
     "kernels_cpu",
     "kernels_cuda",

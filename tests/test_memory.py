@@ -86,6 +86,8 @@ def random_state(memory: DNCMemory, batch: int, started: bool | Tensor = True) -
     for name in ("previous_hidden", "previous_embedding"):
         if getattr(state, name) is not None:
             state = state._replace(**{name: torch.randn_like(getattr(state, name)) * state.started[:, None]})
+    if state.slot_tokens is not None:
+        state = state._replace(slot_tokens=torch.randint_like(state.slot_tokens, 10))
     if state.link is not None:
         link = torch.rand_like(state.link) / slots * (1 - torch.eye(slots))
         state = state._replace(link=link, precedence=torch.rand_like(state.precedence) / slots)
@@ -176,7 +178,7 @@ def gradients(outputs: list[Tensor], leaves: dict[str, Tensor]) -> dict[str, Ten
 
 def float_parts(state: MemoryState) -> list[Tensor]:
     """Everything that gradients flow through."""
-    return [x for name, x in state._asdict().items() if x is not None and name != "started"]
+    return [x for name, x in state._asdict().items() if x is not None and name not in ("started", "slot_tokens")]
 
 
 # Two rows of five tokens: padding in the middle, on the left and on the right, a document's start inside, a start that
@@ -204,9 +206,10 @@ def test_memory_equals_the_reference_on_outputs_state_and_gradients(options, rag
     state = MemoryState(**{name: leaves.get(name, x) for name, x in state._asdict().items()})
     everything = {**leaves, **dict(memory.named_parameters())}
 
-    output = memory(leaves["hidden"], leaves["embeddings"], state, mask, reset)
-    reference = reference_memory.ReferenceMemory(memory)
-    rows, final = reference(leaves["hidden"], leaves["embeddings"], state, mask, reset)
+    ids = torch.arange(10, 20).view(2, 5)
+    arguments = leaves["hidden"], leaves["embeddings"], state, mask, reset, ids
+    output = memory(*arguments, output_slot_tokens=True)
+    rows, final = reference_memory.ReferenceMemory(memory)(*arguments)
 
     real = torch.ones(2, 5, dtype=torch.bool) if mask is None else mask
     actual, expected = [], []
@@ -216,6 +219,8 @@ def test_memory_equals_the_reference_on_outputs_state_and_gradients(options, rag
             assert_close(found, getattr(row, name), f"{name} of row {b}")
             actual.append(found)
             expected.append(getattr(row, name))
+        if state.slot_tokens is not None:
+            assert torch.equal(output.slot_tokens[b][real[b]], row.slot_tokens)
     assert_states_equal(output.state, final)
     found = gradients(actual + float_parts(output.state), everything)
     wanted = gradients(expected + float_parts(final), everything)
@@ -872,7 +877,8 @@ def test_state_moves_detaches_and_reorders_as_one(addressing):
     assert any(x.requires_grad for x in float_parts(state))
     assert not any(x.requires_grad for x in float_parts(state.detach()))
     halved = state.to(torch.float32)
-    assert all(x.dtype == torch.float32 for x in halved if x is not None)
+    assert all(x.dtype == torch.float32 for x in float_parts(halved))
+    assert halved.slot_tokens is None or halved.slot_tokens.dtype == torch.int64
     beams = state.index_select(torch.tensor([2, 0, 0]))
     for name, a, b in zip(MemoryState._fields, beams, state, strict=True):
         assert (a is None and b is None) or torch.equal(a, b[[2, 0, 0]]), name
@@ -880,7 +886,7 @@ def test_state_moves_detaches_and_reorders_as_one(addressing):
 
 @pytest.mark.parametrize("field", MemoryState._fields)
 def test_state_of_a_wrong_shape_is_refused_by_its_field(field):
-    memory = make_memory(addressing="lru" if field == "previous_embedding" else "dnc")
+    memory = make_memory(addressing="lru" if field in ("previous_embedding", "slot_tokens") else "dnc")
     state = memory.initial_state(2, torch.device("cpu"), torch.float64)
     wrong = state._replace(**{field: getattr(state, field)[..., :-1]})
     with pytest.raises(ValueError, match=rf"memory_state\.{field} has shape .* need"):

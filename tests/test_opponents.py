@@ -14,7 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import compare
 import train
-from dnc_gpt2 import opponents
+from dnc_gpt2 import opponents, pointing
 from dnc_gpt2.data import ExampleDataset, TokenizedText, load_tokenizer, split_end, tokenize_texts
 from dnc_gpt2.evaluation import LANGUAGE_MODEL_COLUMNS, evaluate
 from dnc_gpt2.models import count_parameters, has_memory, load_model, new_models
@@ -181,7 +181,7 @@ def test_what_the_model_rules_out_is_finite_and_in_half_precision_too(gpt2):
 def test_tuning_finds_the_best_of_the_grid(gpt2, monkeypatch, carry_memory):
     model = gpt2()
     monkeypatch.setattr(opponents, "STRENGTHS", (0.0, 2.0, 8.0))
-    monkeypatch.setattr(opponents, "SHARES", (0.0, 0.2, 0.6))
+    monkeypatch.setattr(pointing, "SHARES", (0.0, 0.2, 0.6))
     text = repetitive_text(90)
     dataset = ExampleDataset(text, 8, 2, streams=1 if carry_memory else None)
     found = tune_neural_cache(model, dataset, 20, carry_memory=carry_memory, batch_size=3)

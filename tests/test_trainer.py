@@ -238,7 +238,7 @@ def test_logged_terms_are_those_of_the_batches_since_the_last_logging_step(model
     language, routing, entropy = hand_computed_terms(outputs, batch["shift_labels"], "lru")
     (row,) = training_rows(trainer)
     assert row["lm_loss"] == pytest.approx(language.item(), rel=1e-5)
-    assert row["routing_loss"] == pytest.approx(routing.item(), rel=1e-4)
+    assert row["routing_loss"] == pytest.approx(routing.item(), rel=1e-3)
     assert row["entropy_loss"] == pytest.approx(entropy.item(), rel=1e-4)
     assert row["write_gate"] == pytest.approx(outputs.write_gates.mean().item(), rel=1e-5)
     right = outputs.logits.argmax(-1) == batch["shift_labels"]

@@ -49,9 +49,11 @@ OPEN = 30.0  # the logit of a gate that is open and, its gradient being nothing,
 MODELS: dict[str, dict[str, Any]] = {
     "gpt2": {"model": "baseline"},
     **{f"lru-{slots}": {"mem_slots": slots} for slots in (64, 256, 1024)},
+    **{f"lru-{slots}-no-pointer": {"mem_slots": slots, "pointer_weight": 0.0} for slots in (64, 256, 1024)},
     "lru-64-no-token": {"mem_slots": 64, "address_token": False},
     "lru-64-no-shift": {"mem_slots": 64, "token_shift": False},
     "lru-64-no-surprise": {"mem_slots": 64, "surprise_weight": 0.0},
+    "lru-64-no-threshold": {"mem_slots": 64, "write_threshold": 0.0},
     "lru-64-refresh": {"mem_slots": 64, "read_refresh": 0.3},
     "lru-64-open": {"mem_slots": 64, "write_gate_bias": OPEN, "allocation_gate_bias": OPEN},
     "lru-256-open": {"mem_slots": 256, "write_gate_bias": OPEN, "allocation_gate_bias": OPEN},
@@ -84,12 +86,18 @@ def run(script: str, arguments: Sequence[str], log: Path) -> None:
         sys.exit(f"{script} failed; see {log}.")
 
 
+def finished(folder: Path, models: int) -> bool:
+    """Whether the comparison in a folder, which fills up model by model, has all of them."""
+    path = folder / "comparison.json"
+    return path.is_file() and len(json.loads(path.read_text())["models"]) == models
+
+
 def train(name: str, seed: int, options: argparse.Namespace) -> Path:
     """The checkpoint of one model, trained unless it is there."""
     folder = options.folder / f"seed-{seed}" / name
     changes = {"model": "dnc", **MODELS[name]}
     kind = changes["model"]
-    if not (folder / "comparison.json").is_file():
+    if not finished(folder, 1):
         folder.mkdir(parents=True, exist_ok=True)
         data = {"train_file": options.train_file, "validation_file": options.validation_file}
         given = {"seed": seed, "max_steps": options.steps, "output_dir": folder, "overwrite_output_dir": True}
@@ -102,9 +110,9 @@ def compare(name: str, seed: int, options: argparse.Namespace) -> dict[str, Any]
     model, opponent = SCORED.get(name, (name, None))
     checkpoints = [str(train(kind, seed, options)) for kind in ("gpt2", model)]
     folder = options.folder / f"seed-{seed}" / f"{name}-beside-gpt2"
-    if not (folder / "comparison.json").is_file():
+    opponents = ["--opponents", opponent] if opponent else []
+    if not finished(folder, len(checkpoints) + bool(opponent)):
         folder.mkdir(parents=True, exist_ok=True)
-        opponents = ["--opponents", opponent] if opponent else []
         run("compare.py", [*checkpoints, *opponents, "--output_dir", str(folder)], folder / "log.txt")
     return json.loads((folder / "comparison.json").read_text())
 

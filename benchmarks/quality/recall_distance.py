@@ -7,7 +7,7 @@ write: it has 32 or 64 rows for up to 1,120 tokens. Then the way between facts a
 read in pieces with the memory's state carried; at each distance the first 8 facts are asked of that state. What is
 finished is kept in `--folder` and not made again.
 
-python benchmarks/quality/recall_distance.py --models lru-32-no-decay --seeds 0 1 2
+python benchmarks/quality/recall_distance.py --models lru-32 --seeds 0 1 2
 """
 
 import argparse
@@ -62,7 +62,9 @@ SETTING = {
 }
 MODELS: dict[str, dict[str, Any]] = {
     "lru-32": {},
-    **{f"lru-{slots}-no-decay": {"mem_slots": slots, "usage_decay": 1.0} for slots in (32, 64)},
+    "lru-64": {"mem_slots": 64},
+    "lru-32-no-threshold": {"write_threshold": 0.0},
+    "lru-32-no-decay": {"usage_decay": 1.0},
 }
 """Name -> options of the configuration beside those of `SETTING`."""
 PANELS = {"Recall": "recall", "Share of a fact's row left": "row_left", "Facts overwritten": "overwritten"}
