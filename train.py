@@ -366,7 +366,7 @@ def training_summary(
     memory = {}
     if isinstance(config, DNCGPT2Config):
         memory = {"lambda_routing": training.lambda_routing, "lambda_entropy": training.lambda_entropy}
-        memory |= {name: getattr(config, name) for name in model_arguments.memory_options()}
+        memory |= {name: getattr(config, name) for name in (*model_arguments.memory_options(), "pointer_weight")}
     source = next(iter(description.values()))
     return {
         "dataset": ", ".join(source) if isinstance(source, list) else source,

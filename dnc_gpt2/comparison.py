@@ -110,7 +110,8 @@ class Comparison:
             ValueError: it cannot be loaded, or does not know the tokenizer's tokens.
         """
         model = self._load(path)
-        self._evaluate(name, path, model)
+        weight = getattr(model.config, "pointer_weight", 0.0)
+        self._evaluate(name, path, model, details={"pointer weight": weight} if weight else None)
         if has_memory(model):
             texts = dict.fromkeys((EINSTEIN, *self.inspect))
             inspections = {text: inspect(model, self.tokenizer, text) for text in texts}

@@ -264,6 +264,9 @@ def test_train_tunes_on_held_out_text_and_keeps_what_is_given(tmp_path, monkeypa
     tiny_run(tmp_path / "tuned", **options)
     tuned = saved_share(tmp_path / "tuned")
     assert tuned >= 0.1
+    comparison = json.loads((tmp_path / "tuned" / "run" / "comparison.json").read_text())
+    assert comparison["models"]["dnc"]["scoring"] == {"pointer weight": tuned}
+    assert f"pointer_weight | {tuned}" in (tmp_path / "tuned" / "run" / "dnc" / "README.md").read_text()
     tiny_run(tmp_path / "given", **options, pointer_weight=0.05)
     assert saved_share(tmp_path / "given") == 0.05
     tiny_run(tmp_path / "nothing", model="dnc")
