@@ -78,11 +78,8 @@ def causal_lm_losses(
         lm_head.unshard()  # its weight is used here without its `forward`, which would gather it
     elif type(lm_head) is not nn.Linear or lm_head.bias is not None:
         raise ValueError(f"A loss without logits needs a linear LM head without bias, not {lm_head}.")
-    if shift_labels is None:
-        if labels is None:
-            raise ValueError("A loss without logits needs labels or shift_labels.")
-        shift_labels = nn.functional.pad(labels, (0, 1), value=IGNORED)[..., 1:]
-    shape, targets = shift_labels.shape, shift_labels.flatten().to(hidden.device)
+    targets = next_tokens(labels, shift_labels)
+    shape, targets = targets.shape, targets.flatten().to(hidden.device)
     losses = linear_cross_entropy(
         hidden.flatten(0, 1),
         lm_head.weight,
@@ -94,6 +91,15 @@ def causal_lm_losses(
     if isinstance(count, Tensor):
         count = count.to(hidden.device)
     return TokenLosses(losses.loss / count, losses.correct.view(shape), losses.divergence.view(shape))
+
+
+def next_tokens(labels: Tensor | None, shift_labels: Tensor | None) -> Tensor:
+    """The target of each token [B, T]: `shift_labels`, or `labels` shifted."""
+    if shift_labels is not None:
+        return shift_labels
+    if labels is None:
+        raise ValueError("A loss without logits needs labels or shift_labels.")
+    return nn.functional.pad(labels, (0, 1), value=IGNORED)[..., 1:]
 
 
 def chunk_length(vocab_size: int, device: torch.device) -> int:

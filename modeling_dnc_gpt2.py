@@ -28,7 +28,7 @@ try:
     from .cache_dnc_gpt2 import DNCGPT2Cache, DNCGPT2StaticCache, Folding, Record, Rows, last_real, locate
     from .configuration_dnc_gpt2 import DNCGPT2Config
     from .inputs_dnc_gpt2 import check_ids, check_inputs, check_slot_tokens, check_targets
-    from .losses_dnc_gpt2 import IGNORED, causal_lm_losses
+    from .losses_dnc_gpt2 import IGNORED, causal_lm_losses, next_tokens
     from .masks_dnc_gpt2 import Ancestry, branching_memory, visible_tokens
     from .memory_dnc_gpt2 import DNCMemory, MemoryOutput, MemoryState
     from .pointer_dnc_gpt2 import mix
@@ -36,7 +36,7 @@ except ImportError:
     from cache_dnc_gpt2 import DNCGPT2Cache, DNCGPT2StaticCache, Folding, Record, Rows, last_real, locate
     from configuration_dnc_gpt2 import DNCGPT2Config
     from inputs_dnc_gpt2 import check_ids, check_inputs, check_slot_tokens, check_targets
-    from losses_dnc_gpt2 import IGNORED, causal_lm_losses
+    from losses_dnc_gpt2 import IGNORED, causal_lm_losses, next_tokens
     from masks_dnc_gpt2 import Ancestry, branching_memory, visible_tokens
     from memory_dnc_gpt2 import DNCMemory, MemoryOutput, MemoryState
     from pointer_dnc_gpt2 import mix
@@ -55,8 +55,10 @@ class DNCGPT2ModelOutput(ModelOutput):
         past_key_values: `DNCGPT2Cache` with `use_cache`.
         hidden_states, attentions: as GPT-2's; the last of `hidden_states` is `last_hidden_state`.
         memory_state: `MemoryState` after the last token.
-        write_gates [B, T], write_weights [B, T, N], read_weights [B, T, R, N], read_strengths [B, T, R], slot_tokens
-            [B, T, N] (1 + id of the token that a slot holds, 0 where there is none; `"lru"`): with `output_memory`.
+        write_gates [B, T], write_weights [B, T, N], read_weights [B, T, R, N], read_strengths [B, T, R]: with
+            `output_memory`.
+        slot_tokens: [B, T, N], 1 + id of the token that each slot holds, 0 where there is none: with `output_memory`
+            outside of training, of a memory of addressing `"lru"`.
     """
 
     last_hidden_state: Tensor | None = None
@@ -251,11 +253,12 @@ class DNCGPT2Model(DNCGPT2PreTrainedModel, GPT2Model):
             )
         hidden, hidden_states = attention.output.last_hidden_state, attention.output.hidden_states
 
+        ids = input_ids, output_memory and not self.training
+
         def remember(real: Tensor | None) -> MemoryOutput:
             if ancestry is None or not ancestry.branches:
-                return self.memory(hidden, inputs_embeds, state, real, memory_reset, input_ids, output_memory)
+                return self.memory(hidden, inputs_embeds, state, real, memory_reset, *ids)
             told = ancestry._replace(real=real)
-            ids = input_ids, output_memory
             return branching_memory(self.memory, hidden, inputs_embeds, state, told, memory_reset, *ids)
 
         memory = remember(mask)
@@ -684,7 +687,7 @@ class DNCGPT2LMHeadModel(DNCGPT2PreTrainedModel, GenerationMixin):
                 shift_labels=shift_labels,
             )
         if not output_logits and points:
-            targets = F.pad(labels, (0, 1), value=IGNORED)[..., 1:] if shift_labels is None else shift_labels
+            targets = next_tokens(labels, shift_labels)
             correct = logits.argmax(-1) == targets
             if compare:
                 log_p, log_base = logits.log_softmax(-1), self.lm_head(outputs.base_hidden_state).log_softmax(-1)

@@ -180,6 +180,8 @@ def test_the_loss_is_that_of_the_logits_and_needs_none(pointing_model):
     assert torch.equal(without.correct, out.logits.argmax(-1) == targets)
     p, q = out.logits.log_softmax(-1), out.base_logits.log_softmax(-1)
     torch.testing.assert_close(without.divergence, (targets != -100) * (p.exp() * (p - q)).sum(-1))
+    with pytest.raises(ValueError, match="needs labels or shift_labels"):
+        model(tokens, output_logits=False)
 
 
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"cache_implementation": "static"}], ids=str)
