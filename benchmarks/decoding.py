@@ -27,12 +27,12 @@ from dnc_gpt2.models import new_models
 TARGET = 0.9
 
 
-def models(sizes: Sizes, addressing: str, positions: int) -> dict[str, PreTrainedModel]:
+def models(sizes: Sizes, positions: int, **memory) -> dict[str, PreTrainedModel]:
     """GPT-2 with room for `positions` tokens, and the model with memory, whose window stays as it is."""
     plain = dataclasses.replace(sizes, n_positions=max(sizes.n_positions, positions))
     baseline = new_models(plain.config(), ["baseline"], seed=0)["baseline"]
-    memory = new_models(sizes.config(addressing=addressing), ["dnc"], seed=0)["dnc"]
-    return {"baseline": baseline.eval(), "dnc": memory.eval()}
+    dnc = new_models(sizes.config(**memory), ["dnc"], seed=0)["dnc"]
+    return {"baseline": baseline.eval(), "dnc": dnc.eval()}
 
 
 def generation(model: PreTrainedModel, prompt: Tensor, tokens: int, **options) -> Callable[[], Tensor]:
@@ -60,10 +60,10 @@ class Watch(BaseStreamer):
         """Nothing is held back."""
 
 
-def long_generation(sizes: Sizes, addressing: str, tokens: int) -> list[list[float]]:
+def long_generation(sizes: Sizes, tokens: int, **memory) -> list[list[float]]:
     """Tokens so far, resident MiB and tokens per second at eight moments of one generation of a batch of one."""
     watch = Watch(max(1, tokens // 8))
-    model: GPT2LMHeadModel = models(sizes, addressing, 0)["dnc"]
+    model: GPT2LMHeadModel = models(sizes, 0, **memory)["dnc"]
     generation(model, torch.ones(1, 1, dtype=torch.long), tokens, streamer=watch)()
     return watch.rows
 
@@ -72,16 +72,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = benchmark_parser(__doc__)
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["origin", "small"])
     parser.add_argument("--addressings", nargs="+", choices=ADDRESSINGS, default=["lru"])
+    parser.add_argument(
+        "--pointer_weight", type=float, default=0.0, help="of each prediction, to the tokens in the slots"
+    )
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 16])
     parser.add_argument("--tokens", type=int, help="generate so many tokens with the last of --sizes and watch memory")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
+    pointer = {"pointer_weight": arguments.pointer_weight}
     if arguments.tokens:
         name = arguments.sizes[-1]
         rows = [
             [name, addressing, *row]
             for addressing in arguments.addressings
-            for row in long_generation(SIZES[name], addressing, arguments.tokens)
+            for row in long_generation(SIZES[name], arguments.tokens, addressing=addressing, **pointer)
         ]
         header = ["sizes", "addressing", "tokens", "resident MiB", "tokens per second"]
         publish("One generation", header, rows, arguments.output)
@@ -92,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         window = sizes.n_positions
         new = 3 * window // 4
         for addressing in arguments.addressings:
-            compared = models(sizes, addressing, 2 * window + new)
+            compared = models(sizes, 2 * window + new, addressing=addressing, **pointer)
             for where, length in (("inside", window // 8), ("past", 2 * window)):
                 for batch in arguments.batches:
                     generator = torch.Generator().manual_seed(0)

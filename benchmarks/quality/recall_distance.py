@@ -41,7 +41,7 @@ TRAINED_DISTANCES = (1, 2, 4, 8, 16, 32)
 MOST_DISTRACTORS = 16  # in training
 BATCH, LEARNING_RATE = 16, 3e-3
 TEXT_WEIGHT = 0.1  # of the loss of all tokens, beside that of the answers
-WRITE_COST = 0.003  # nats: without it the memory writes whatever there is room for in training
+WRITE_COST = 0.01  # nats: without it the memory writes whatever there is room for in training
 PIECE = 8  # windows read at a time
 SETTING = {
     "n_positions": WINDOW,
