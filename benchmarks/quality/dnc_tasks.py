@@ -48,7 +48,6 @@ class Task:
         slots, width: of the memory at training lengths.
         start: standard deviation that the memory's weights start with. At GPT-2's 0.02 all rows get the same weight.
         shortest, longest: training lengths.
-        steps: optimizer steps at most.
     """
 
     make: Callable[..., tuple[np.ndarray, np.ndarray]]
@@ -59,17 +58,14 @@ class Task:
     start: float
     shortest: int
     longest: int
-    steps: int
 
 
 TASKS = {
-    "copy": Task(copy_task, window=4, layers=1, slots=16, width=16, start=0.4, shortest=1, longest=8, steps=600),
-    "repeat-copy": Task(
-        repeat_copy_task, window=4, layers=1, slots=16, width=16, start=0.4, shortest=1, longest=6, steps=1200
-    ),
+    "copy": Task(copy_task, window=4, layers=1, slots=16, width=16, start=0.4, shortest=1, longest=8),
+    "repeat-copy": Task(repeat_copy_task, window=4, layers=1, slots=16, width=16, start=0.4, shortest=1, longest=6),
     # An item and its separator fill a window, and name the item together.
     "associative-recall": Task(
-        associative_recall_task, window=3, layers=2, slots=32, width=32, start=0.3, shortest=2, longest=4, steps=1200
+        associative_recall_task, window=3, layers=2, slots=32, width=32, start=0.3, shortest=2, longest=4
     ),
 }
 OPTIONS = ("masked_content", "erase_on_free", "sharpen_links")
@@ -182,7 +178,7 @@ def result(name: str, task_name: str, seed: int, options: argparse.Namespace) ->
     file = folder / "result.json"
     if not file.is_file():
         task = TASKS[task_name]
-        model, history = train(task, name, seed, options.steps or task.steps)
+        model, history = train(task, name, seed, options.steps)
         folder.mkdir(parents=True, exist_ok=True)
         model.save_pretrained(folder)
         scores = {str(factor): score(model, task, factor, options.batches) for factor in FACTORS}
@@ -197,7 +193,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--steps", type=int, help="at most, in place of each task's own number")
+    parser.add_argument("--steps", type=int, default=4000, help="at most; default 4000")
     parser.add_argument(
         "--batches", type=int, default=16, help=f"of {BATCH} sequences to score at each length; default 16"
     )
