@@ -41,7 +41,9 @@ TRAINED_DISTANCES = (1, 2, 4, 8, 16, 32)
 MOST_DISTRACTORS = 16  # in training
 BATCH, LEARNING_RATE = 16, 3e-3
 TEXT_WEIGHT = 0.1  # of the loss of all tokens, beside that of the answers
-WRITE_COST = 0.01  # nats: without it the memory writes whatever there is room for in training
+# Nats. Without it the memory writes whatever there is room for in training. It grows through the first half: a memory
+# that pays before it has learned what a fact is good for never writes facts of that kind again.
+WRITE_COST = 0.01
 PIECE = 8  # windows read at a time
 SETTING = {
     "n_positions": WINDOW,
@@ -114,8 +116,8 @@ def train(name: str, seed: int, steps: int, folder: Path) -> dict[str, Any]:
         logits, targets = output.logits[:, :-1], tokens[:, 1:]
         losses = F.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
         recalled.append(float((logits.argmax(-1) == targets).gather(1, answers - 1).float().mean()))
-        writes = output.write_gates.sum(1).mean()  # of a document
-        return losses.gather(1, answers - 1).mean() + TEXT_WEIGHT * losses.mean() + WRITE_COST * writes
+        cost = WRITE_COST * min(1.0, 2 * step / steps) * output.write_gates.sum(1).mean()  # of a document
+        return losses.gather(1, answers - 1).mean() + TEXT_WEIGHT * losses.mean() + cost
 
     start = time.perf_counter()
     fit(model.parameters(), loss, steps, LEARNING_RATE)
