@@ -31,7 +31,6 @@ from fitting import fit, once
 from timing import publish
 
 from dnc_gpt2 import DNCGPT2Config, DNCGPT2LMHeadModel
-from dnc_gpt2.models import load_model
 from dnc_gpt2.plots import shares_by_distance
 from dnc_gpt2.tasks import VALUES, LocatedQuestion, RecallText, biographies, distant_questions, locate
 
@@ -207,8 +206,14 @@ def measure(name: str, seed: int, every: int, options: argparse.Namespace) -> di
     folder = options.folder / name / f"seed-{seed}"
     once(folder / "training.json", lambda: train(name, seed, options.steps, folder))
     longest, documents = options.distances[-1], options.documents
-    path = folder / f"every-{every}-to-{longest}-of-{documents}.json"
-    return once(path, lambda: recall_at(load_model(str(folder)), word_tokenizer(), every, options.distances, documents))
+    slots = options.slots or {**SETTING, **MODELS[name]}["mem_slots"]
+    path = folder / f"every-{every}-to-{longest}-of-{documents}-with-{slots}-slots.json"
+
+    def read_on() -> dict[str, Any]:
+        model = DNCGPT2LMHeadModel.from_pretrained(folder, mem_slots=slots)  # no parameter depends on their number
+        return recall_at(model, word_tokenizer(), every, options.distances, documents)
+
+    return once(path, read_on)
 
 
 def described(every: int) -> str:
@@ -231,6 +236,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--every", nargs="+", type=int, default=[0, 64, 1], help="windows from one other fact to the next; 0: none"
     )
     parser.add_argument("--distances", nargs="+", type=int, default=[*(2**i for i in range(10)), 1000])
+    parser.add_argument("--slots", type=int, help="to read on with, in place of those of the training")
     parser.add_argument("--documents", type=int, default=128, help=f"of {FACTS} questions each")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument(
@@ -250,10 +256,11 @@ def main(argv: Sequence[str] | None = None) -> None:
                 next((x for x in reversed(means[key]) if x is not None), None) for key in ("row_left", "overwritten")
             ]
             gates = [None if None in gate else statistics.fmean(gate) for gate in gates]
-            rows.append([name, " ".join(map(str, options.seeds)), described(every), *means["recall"], *last, *gates])
+            label = f"{name} with {options.slots} slots" if options.slots else name
+            rows.append([label, " ".join(map(str, options.seeds)), described(every), *means["recall"], *last, *gates])
             for title, key in PANELS.items():
                 points = [(d, x) for d, x in zip(options.distances, means[key], strict=True) if x is not None]
-                panels[title][f"{name}, others {described(every)}"] = points
+                panels[title][f"{label}, others {described(every)}"] = points
     header = ["model", "seeds", "other facts", *map(str, options.distances), "row left", "overwritten"]
     header += ["gate at values", "gate elsewhere"]
     publish(f"Recall by distance in windows, {options.steps} steps", header, rows, options.output)
