@@ -258,6 +258,10 @@ def test_real_text_makes_every_model_once_and_compares_it_with_gpt2(tmp_path, mo
         if script == "train.py":  # every option is one of train.py's
             _, _, training = parse((ModelArguments, DataArguments, DNCTrainingArguments), arguments)
             folder, models, differences = Path(training.output_dir), {"baseline": {"metrics": {"ppl": 100.0}}}, {}
+            looks = [{"eval_ppl": 90.0, "step": 10}, {"loss": 1.0, "step": 15}, {"eval_ppl": 100.0, "step": 20}]
+            for kind in ("baseline", "dnc"):
+                (folder / kind).mkdir()
+                (folder / kind / "trainer_state.json").write_text(json.dumps({"log_history": looks}))
         else:
             folder = Path(arguments[arguments.index("--output_dir") + 1])
             names = ["baseline", "dnc", *(["other"] if "--opponents" in arguments else [])]
@@ -279,6 +283,9 @@ def test_real_text_makes_every_model_once_and_compares_it_with_gpt2(tmp_path, mo
         assert rows["lru-64"]["95 % interval of each seed"] == "0.750-0.850 0.750-0.850"
         assert calls.count("train.py") == 2 * len(real_text.MODELS)
         assert calls.count("compare.py") == 2 * (len(names) - 1)
+    real_text.main([*files, "--models", "lru-64", "cache-64", "--eval_steps", "10"])
+    best = [row["best step of each seed"] for row in json.loads(output.read_text())["rows"]]
+    assert best == ["90.0 at 10", None]
 
 
 @pytest.fixture

@@ -56,7 +56,9 @@ def pretrained(seed: int, options: Namespace) -> Path:
     """The checkpoint of GPT-2, trained unless it is there."""
     given = {"train_file": options.train_file, "validation_file": options.validation_file}
     steps = options.pretraining_steps
-    return real_text.train("gpt2", seed, Namespace(folder=options.pretrained_folder, steps=steps, **given))
+    return real_text.train(
+        "gpt2", seed, Namespace(folder=options.pretrained_folder, steps=steps, eval_steps=None, **given)
+    )
 
 
 def attach(backbone: Path, folder: Path) -> None:

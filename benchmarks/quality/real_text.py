@@ -101,8 +101,17 @@ def train(name: str, seed: int, options: argparse.Namespace) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         data = {"train_file": options.train_file, "validation_file": options.validation_file}
         given = {"seed": seed, "max_steps": options.steps, "output_dir": folder, "overwrite_output_dir": True}
+        if options.eval_steps:
+            given |= {"eval_strategy": "steps", "eval_steps": options.eval_steps}
         run("train.py", command_options({**SETTING, **changes, **data, **given}), folder / "log.txt")
     return folder / kind
+
+
+def best_step(checkpoint: Path) -> str:
+    """The lowest perplexity of the whole validation split that training saw, and after how many steps."""
+    history = json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
+    perplexity, step = min((entry["eval_ppl"], entry["step"]) for entry in history if "eval_ppl" in entry)
+    return f"{perplexity:.1f} at {step}"
 
 
 def compare(name: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
@@ -152,6 +161,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument(
+        "--eval_steps", type=int, help="score trained models every so many steps, too, and name the best (own --folder)"
+    )
+    parser.add_argument(
         "--folder", type=Path, default=Path("runs/quality/real_text"), help="what is finished lies here"
     )
     parser.add_argument("--output", help="JSON file to write the table to")
@@ -160,7 +172,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name in options.models:
         results = [row(name, seed, options) for seed in options.seeds]
         rows.append([name, *summary(results, options.seeds, "ppl", "ratio")])
+        if options.eval_steps:
+            trained = [] if name in SCORED else [train(name, seed, options) for seed in options.seeds]
+            rows[-1].append(" ".join(map(best_step, trained)) or None)
     header = ["model", "seeds", "perplexity", "ratio to GPT-2", "95 % interval of each seed", "write gate"]
+    header += ["best step of each seed"] * bool(options.eval_steps)
     publish(f"Real text, {options.steps} steps", header, rows, options.output)
 
 
