@@ -313,8 +313,9 @@ def test_recall_distance_trains_once_and_asks_at_every_distance(tmp_path, monkey
         assert rows[0]["gate at values"] is None and 0 < rows[1]["gate at values"] < 1
         assert figure.stat().st_size > 0
         assert len(counted) == 1
-    recall_distance.main([*command.split(), "--models", "lru-32", "--slots", "16"])
-    assert {row["model"] for row in json.loads(output.read_text())["rows"]} == {"lru-32 with 16 slots"}
+    recall_distance.main([*command.split(), "--models", "lru-32", "--slots", "8", "16"])
+    named = {row["model"] for row in json.loads(output.read_text())["rows"]}
+    assert named == {"lru-32 with 8 slots", "lru-32 with 16 slots"}
     assert len(counted) == 1
 
 

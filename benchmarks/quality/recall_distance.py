@@ -11,6 +11,7 @@ python benchmarks/quality/recall_distance.py --models lru-32 --seeds 0 1 2
 """
 
 import argparse
+import itertools
 import random
 import statistics
 import sys
@@ -201,12 +202,12 @@ def recall_at(
     return results | {"value_gate": value_gate, "other_gate": other_gate}
 
 
-def measure(name: str, seed: int, every: int, options: argparse.Namespace) -> dict[str, Any]:
-    """`recall_at` of one model, which is trained unless it is there."""
+def measure(name: str, slots: int | None, seed: int, every: int, options: argparse.Namespace) -> dict[str, Any]:
+    """`recall_at` of one model, which is trained unless it is there, with so many slots or those of its training."""
     folder = options.folder / name / f"seed-{seed}"
     once(folder / "training.json", lambda: train(name, seed, options.steps, folder))
     longest, documents = options.distances[-1], options.documents
-    slots = options.slots or {**SETTING, **MODELS[name]}["mem_slots"]
+    slots = slots or {**SETTING, **MODELS[name]}["mem_slots"]
     path = folder / f"every-{every}-to-{longest}-of-{documents}-with-{slots}-slots.json"
 
     def read_on() -> dict[str, Any]:
@@ -236,7 +237,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--every", nargs="+", type=int, default=[0, 64, 1], help="windows from one other fact to the next; 0: none"
     )
     parser.add_argument("--distances", nargs="+", type=int, default=[*(2**i for i in range(10)), 1000])
-    parser.add_argument("--slots", type=int, help="to read on with, in place of those of the training")
+    parser.add_argument(
+        "--slots", nargs="+", type=int, default=[None], help="to read on with, in place of those of the training"
+    )
     parser.add_argument("--documents", type=int, default=128, help=f"of {FACTS} questions each")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument(
@@ -247,16 +250,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
     options.distances.sort()
     rows, panels = [], {title: {} for title in PANELS}
-    for name in options.models:
+    for name, slots in itertools.product(options.models, options.slots):
+        label = f"{name} with {slots} slots" if slots else name
         for every in options.every:
-            results = [measure(name, seed, every, options) for seed in options.seeds]
+            results = [measure(name, slots, seed, every, options) for seed in options.seeds]
             means = {key: mean(results, key) for key in PANELS.values()}
             gates = [[result[key] for result in results] for key in ("value_gate", "other_gate")]
             last = [
                 next((x for x in reversed(means[key]) if x is not None), None) for key in ("row_left", "overwritten")
             ]
             gates = [None if None in gate else statistics.fmean(gate) for gate in gates]
-            label = f"{name} with {options.slots} slots" if options.slots else name
             rows.append([label, " ".join(map(str, options.seeds)), described(every), *means["recall"], *last, *gates])
             for title, key in PANELS.items():
                 points = [(d, x) for d, x in zip(options.distances, means[key], strict=True) if x is not None]
