@@ -242,6 +242,7 @@ def test_decoding_counts_the_tokens_of_both_models(run):
     assert [(row["window"], row["batch"]) for row in rows] == [("inside", 1), ("inside", 2), ("past", 1), ("past", 2)]
     for row in rows:
         assert row["ratio"] == pytest.approx(row["with memory tokens/s"] / row["GPT-2 tokens/s"])
+    assert decoding.models(TINY, 0, pointer_weight=0.1)["dnc"].points
 
 
 def test_long_generation_is_watched_at_eight_moments(run):
@@ -399,6 +400,8 @@ def test_dnc_tasks_trains_each_model_once_and_scores_it_with_more_slots(tmp_path
     assert table[0] == table[1], "a finished model was trained again"
     assert [(row["task"], row["model"]) for row in table[0]] == [(t, m) for t in tasks for m in ("gpt2", "all-three")]
     assert all(row["steps"] == 2 and 0 <= row["answers % at 4x"] <= 100 for row in table[0])
+    dnc_tasks.main([*command, "--folder", str(tmp_path / "runs"), "--steps", "3"])
+    assert all(row["steps"] == 3 for row in json.loads(output.read_text())["rows"])
 
 
 def build_eager(build, *arguments):

@@ -174,7 +174,7 @@ def train(task: Task, name: str, seed: int, steps: int) -> tuple[PreTrainedModel
 
 def result(name: str, task_name: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
     """Scores of one model on one task, made unless they are there."""
-    folder = options.folder / task_name / f"{name}-{seed}"
+    folder = options.folder / task_name / f"{name}-{seed}-of-{options.steps}-steps"
     file = folder / "result.json"
     if not file.is_file():
         task = TASKS[task_name]
