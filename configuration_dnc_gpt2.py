@@ -19,6 +19,9 @@ class DNCGPT2Config(GPT2Config):
         mem_slots: number of memory rows N.
         mem_width: width W of a memory row.
         num_reads: number of read heads R.
+        memory_layer: number of blocks below the memory, 1 to `n_layer`. Below a block, what is read is added to the
+            hidden states that it and those above attend to; at `n_layer`, to the final ones. `None` means half of
+            them, rounded up.
         addressing: `"lru"` (least-recently-used allocation over rows of an address and a value, the default),
             `"dnc"` (Graves et al. 2016) or `"simplified"` (softmax allocation without free gates).
         address_width: leading columns of a row that content addressing looks at (`"lru"` only; the others look at
@@ -56,6 +59,7 @@ class DNCGPT2Config(GPT2Config):
     mem_slots: int = 64
     mem_width: int = 128
     num_reads: int = 4
+    memory_layer: int | None = None
     addressing: str = "lru"
     address_width: int | None = None
     token_shift: bool = True
@@ -86,6 +90,8 @@ class DNCGPT2Config(GPT2Config):
             start = {"read_projection_init": "zero", "surprise_weight": 0.0}
             config = {**config, "model_type": cls.model_type, **start}
             config.pop("architectures", None)
+        elif config.get("model_type") == cls.model_type:
+            config.setdefault("memory_layer", config.get("n_layer"))  # saved when all memories lay at the top
         return config, kwargs
 
     @classmethod
@@ -101,6 +107,11 @@ class DNCGPT2Config(GPT2Config):
         if self.addressing != "lru":
             return self.mem_width
         return self.mem_width // 2 if self.address_width is None else self.address_width
+
+    @property
+    def blocks_below_memory(self) -> int:
+        """Number of blocks below the memory: `memory_layer`, resolved."""
+        return (self.n_layer + 1) // 2 if self.memory_layer is None else self.memory_layer
 
     @property
     def initial_read_projection(self) -> str:
@@ -120,6 +131,8 @@ class DNCGPT2Config(GPT2Config):
         self._require("activation_function", self.activation_function in ACT2FN, f"one of {sorted(ACT2FN)}")
         self._require("layer_norm_epsilon", 0 < self.layer_norm_epsilon < math.inf, "a finite number above 0")
         self._require("initializer_range", 0 <= self.initializer_range < math.inf, "a finite number of at least 0")
+        allowed = f"None or an integer from 1 to n_layer={self.n_layer}"
+        self._require("memory_layer", 1 <= self.blocks_below_memory <= self.n_layer, allowed)
         self._require("addressing", self.addressing in ADDRESSINGS, f"one of {ADDRESSINGS}")
         self._require("scan", self.scan in SCANS, f"one of {SCANS}")
         if self.addressing == "lru":

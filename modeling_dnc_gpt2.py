@@ -32,6 +32,7 @@ try:
     from .masks_dnc_gpt2 import Ancestry, branching_memory, visible_tokens
     from .memory_dnc_gpt2 import DNCMemory, MemoryOutput, MemoryState
     from .pointer_dnc_gpt2 import mix
+    from .stack_dnc_gpt2 import Stack, read_between
 except ImportError:
     from cache_dnc_gpt2 import DNCGPT2Cache, DNCGPT2StaticCache, Folding, Record, Rows, last_real, locate
     from configuration_dnc_gpt2 import DNCGPT2Config
@@ -40,6 +41,7 @@ except ImportError:
     from masks_dnc_gpt2 import Ancestry, branching_memory, visible_tokens
     from memory_dnc_gpt2 import DNCMemory, MemoryOutput, MemoryState
     from pointer_dnc_gpt2 import mix
+    from stack_dnc_gpt2 import Stack, read_between
 
 
 logger = logging.get_logger(__name__)
@@ -50,10 +52,11 @@ class DNCGPT2ModelOutput(ModelOutput):
     """Output of `DNCGPT2Model`.
 
     Attributes:
-        last_hidden_state: [B, T, H], the backbone's final hidden state plus what was read.
-        base_hidden_state: [B, T, H], the same without the read.
+        last_hidden_state: [B, T, H], the final hidden state.
+        base_hidden_state: [B, T, H], with `output_base_hidden_state`: the backbone's without any read.
         past_key_values: `DNCGPT2Cache` with `use_cache`.
-        hidden_states, attentions: as GPT-2's; the last of `hidden_states` is `last_hidden_state`.
+        hidden_states, attentions: as GPT-2's; the last of `hidden_states` is `last_hidden_state`. What is read in
+            mid-stack is added after the one at `config.blocks_below_memory`.
         memory_state: `MemoryState` after the last token.
         write_gates [B, T], write_weights [B, T, N], read_weights [B, T, R, N], read_strengths [B, T, R]: with
             `output_memory`.
@@ -81,7 +84,7 @@ class DNCGPT2CausalLMOutput(ModelOutput):
     Attributes:
         loss: cross-entropy alone, whatever else a trainer adds.
         logits: [B, T, V], unless `output_logits=False`.
-        base_logits: [B, T, V] with `output_base_logits`: of the same hidden states without the read.
+        base_logits: [B, T, V] with `output_base_logits`: of the backbone without any read.
         correct: [B, T] bool with `output_logits=False`: whether the target is the most probable token.
         divergence: [B, T] with `output_logits=False` and `output_divergence`: KL(p_memory || p_no_memory) in nats of
             the scored tokens that it was asked for, else 0. Detached.
@@ -160,11 +163,14 @@ def _give_peft_defaults() -> None:
 
 
 class DNCGPT2Model(DNCGPT2PreTrainedModel, GPT2Model):
-    """GPT-2's backbone with a memory at its top. Parameters are named as in `GPT2Model`, plus `memory.*`."""
+    """GPT-2's backbone with a memory in or on its stack. Parameters are named as in `GPT2Model`, plus `memory.*`."""
 
     def __init__(self, config: DNCGPT2Config):
         GPT2Model.__init__(self, config)
         self.memory = DNCMemory(config)
+        self.mid_stack = config.blocks_below_memory < config.n_layer
+        if self.mid_stack:
+            read_between(self.h)
         _give_peft_defaults()
         self.post_init()
 
@@ -186,11 +192,12 @@ class DNCGPT2Model(DNCGPT2PreTrainedModel, GPT2Model):
         memory_state: MemoryState | None = None,
         memory_reset: Tensor | None = None,
         output_memory: bool = False,
+        output_base_hidden_state: bool = False,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         **kwargs,
     ) -> DNCGPT2ModelOutput:
-        """Attend within windows, then write to and read from the memory once a token.
+        """Attend within windows, and write to and read from the memory once a token.
 
         Args:
             input_ids: [B, T], any T.
@@ -203,6 +210,9 @@ class DNCGPT2Model(DNCGPT2PreTrainedModel, GPT2Model):
             memory_state: the state that this model returned for the same rows, to go on with the next window.
             memory_reset: [B, T] bool, tokens before which the memory is emptied.
             output_memory: also return gates and weights.
+            output_base_hidden_state: also return the final hidden state of the backbone without any read. Of a memory
+                in mid-stack this takes a second pass through the blocks above it, and no cache that holds tokens: what
+                those see there has been read.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass either input_ids or inputs_embeds.")
@@ -218,6 +228,11 @@ class DNCGPT2Model(DNCGPT2PreTrainedModel, GPT2Model):
         use_cache = use_cache and not (self.gradient_checkpointing and self.training)
         # A cache that is given is gone on from, whether or not a new one would be made.
         cache = self._cache(past_key_values, batch) if use_cache or past_key_values is not None else None
+        if output_base_hidden_state and self.mid_stack and cache is not None and cache.has_tokens:
+            raise ValueError(
+                "What a memory in mid-stack has changed cannot be told from a cache on: for output_base_logits, "
+                "output_base_hidden_state or output_divergence pass the whole text, without past_key_values."
+            )
         # Where these are not given, the config decides.
         options = {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
         options = {name: option for name, option in options.items() if option is not None} | kwargs
@@ -225,7 +240,8 @@ class DNCGPT2Model(DNCGPT2PreTrainedModel, GPT2Model):
             inputs = {"token_type_ids": token_type_ids, "position_ids": position_ids, "memory_reset": memory_reset}
             tokens_given = {"inputs_embeds": inputs_embeds} if input_ids is None else {"input_ids": input_ids}
             inputs |= {**tokens_given, "attention_mask": mask}
-            return self._one_by_one(inputs, tokens, past_key_values=cache, output_memory=output_memory, **options)
+            options |= {"output_memory": output_memory, "output_base_hidden_state": output_base_hidden_state}
+            return self._one_by_one(inputs, tokens, past_key_values=cache, **options)
         before = cache.snapshot() if cache is not None and cache.is_recording else None
         state = cache.memory_state if cache is not None and cache.has_tokens else memory_state
         if state is not None and state is memory_state and state.slot_tokens is not None:
@@ -239,30 +255,26 @@ class DNCGPT2Model(DNCGPT2PreTrainedModel, GPT2Model):
             seen = tokens + (cache.get_seq_length() if cache is not None else 0)
             visible = visible_tokens(attention_mask, batch, tokens, seen)
             ancestry = Ancestry.of(visible)
-            mask, memory_reset = ancestry.real, _either(memory_reset, ancestry.reset)
-            attention = self._attend_as_told(
-                inputs_embeds, token_type_ids, attention_mask, visible, mask, position_ids, cache, options
-            )
-        else:
-            attention = self._attend(inputs_embeds, token_type_ids, mask, position_ids, cache, options)
-            memory_reset = _either(memory_reset, attention.restarts)
-        if isinstance(cache, DNCGPT2StaticCache) and attention.output.attentions is not None:
-            # To the columns that the buffers have, as GPT-2's.
-            attention.output.attentions = tuple(
-                F.pad(x, (0, max(0, cache.columns - x.shape[-1]))) for x in attention.output.attentions
-            )
-        hidden, hidden_states = attention.output.last_hidden_state, attention.output.hidden_states
-
+            mask = ancestry.real
         ids = input_ids, output_memory and not self.training
 
-        def remember(real: Tensor | None) -> MemoryOutput:
+        def remember(hidden: Tensor, real: Tensor | None, reset: Tensor | None) -> MemoryOutput:
             if ancestry is None or not ancestry.branches:
-                return self.memory(hidden, inputs_embeds, state, real, memory_reset, *ids)
+                return self.memory(hidden, inputs_embeds, state, real, reset, *ids)
             told = ancestry._replace(real=real)
-            return branching_memory(self.memory, hidden, inputs_embeds, state, told, memory_reset, *ids)
+            return branching_memory(self.memory, hidden, inputs_embeds, state, told, reset, *ids)
 
-        memory = remember(mask)
-        last_hidden_state = hidden + memory.hidden_states
+        recall = Recall(remember, mask, memory_reset, output_base_hidden_state)
+        if custom:
+            attention = self._attend_as_told(
+                inputs_embeds, token_type_ids, attention_mask, visible, ancestry, position_ids, cache, recall, options
+            )
+        else:
+            attention = self._attend(inputs_embeds, token_type_ids, mask, position_ids, cache, recall, options)
+        output, memory = attention.output, recall.output
+        if isinstance(cache, DNCGPT2StaticCache) and output.attentions is not None:
+            # To the columns that the buffers have, as GPT-2's.
+            output.attentions = tuple(F.pad(x, (0, max(0, cache.columns - x.shape[-1]))) for x in output.attentions)
         if cache is not None:
             if before is not None:
                 attended = [(layer.keys, layer.values) for layer in cache.layers]
@@ -271,8 +283,8 @@ class DNCGPT2Model(DNCGPT2PreTrainedModel, GPT2Model):
                     """What follows, without the last tokens."""
                     cache.restore(before._replace(keys_and_values=attended))
                     attention.keep(removed)
-                    real = hidden.new_ones((batch, tokens), dtype=torch.bool) if mask is None else mask
-                    cache.memory_state = remember(_without_last(real, removed)).state
+                    real = inputs_embeds.new_ones((batch, tokens), dtype=torch.bool) if mask is None else mask
+                    cache.memory_state = recall.again(_without_last(real, removed)).state
                     cache.count(tokens - removed)
 
                 cache.record(Record(before, tokens, replay))
@@ -280,11 +292,11 @@ class DNCGPT2Model(DNCGPT2PreTrainedModel, GPT2Model):
             cache.memory_state = memory.state
             cache.count(tokens)
         return DNCGPT2ModelOutput(
-            last_hidden_state=last_hidden_state,
-            base_hidden_state=hidden,
+            last_hidden_state=output.last_hidden_state,
+            base_hidden_state=attention.base() if output_base_hidden_state else None,
             past_key_values=cache,
-            hidden_states=None if hidden_states is None else (*hidden_states[:-1], last_hidden_state),
-            attentions=attention.output.attentions,
+            hidden_states=output.hidden_states,
+            attentions=output.attentions,
             memory_state=memory.state,
             write_gates=memory.write_gates if output_memory else None,
             write_weights=memory.write_weights if output_memory else None,
@@ -353,7 +365,7 @@ class DNCGPT2Model(DNCGPT2PreTrainedModel, GPT2Model):
             logger.warning_once(f"A {kind} cannot hold a memory: a DNCGPT2Cache takes its place.")
         return DNCGPT2Cache(self.config)
 
-    def _attend(self, embeds, token_type_ids, mask, position_ids, cache, options) -> "Attention":
+    def _attend(self, embeds, token_type_ids, mask, position_ids, cache, recall, options) -> "Attention":
         """The backbone: each token sees its own window."""
         continued = cache is not None and cache.has_tokens
         position = cache.position if continued else -1
@@ -366,14 +378,54 @@ class DNCGPT2Model(DNCGPT2PreTrainedModel, GPT2Model):
         else:
             right_padded = mask is not None and position_ids is None and _all(mask[:, :-1] | ~mask[:, 1:])
             attend = self._attend_one_window if one_window and (alike or right_padded) else self._attend_in_windows
-        return attend(inputs, mask, None if alike else position_ids, cache)
+        return attend(inputs, mask, None if alike else position_ids, cache, recall)
 
-    def _attend_one_window(self, inputs, mask, position_ids, cache) -> "Attention":
+    def _run(
+        self,
+        inputs: dict[str, Any],
+        cache: Cache | None,
+        recall: "Recall",
+        restarts: Tensor | None = None,
+        fold: Callable[[Tensor], Tensor] = lambda x: x,
+        unfold: Callable[[Tensor], Tensor] = lambda x: x,
+    ) -> tuple[ModelOutput, Callable[[], Tensor]]:
+        """GPT-2's stack over rows as they are attended to, and the memory where it lies.
+
+        Args:
+            restarts: [B, T] bool, tokens before which a new document begins.
+            fold, unfold: [B, T, H] -> rows as they are attended to, and back.
+
+        Returns: GPT-2's output, its hidden states [B, T, H], and what gives the final one without any read.
+        """
+        stack = None
+        if self.mid_stack:
+            stack = Stack(
+                self.config.blocks_below_memory,
+                lambda hidden: fold(recall(unfold(self.ln_f(hidden)), restarts)),
+                recall.compares,
+            )
+            inputs["stack"] = stack
+        output = super().forward(past_key_values=cache, use_cache=cache is not None, **inputs)
+        final = base = unfold(output.last_hidden_state)
+        if stack is None:
+            final = base + recall(base, restarts)
+        output.last_hidden_state = final
+        if output.hidden_states is not None:
+            # Of layers that were not asked for there is none.
+            below = (x if x is None else unfold(x) for x in output.hidden_states[:-1])
+            output.hidden_states = (*below, final)
+
+        def without_read() -> Tensor:
+            return base if stack is None else unfold(self.ln_f(stack.without_read(self.h[stack.layer :])))
+
+        return output, without_read
+
+    def _attend_one_window(self, inputs, mask, position_ids, cache, recall) -> "Attention":
         """All rows in their first window, padding last, where no real token sees it: exactly GPT-2."""
         batch, tokens, _ = inputs["inputs_embeds"].shape
-        output = super().forward(past_key_values=cache, use_cache=cache is not None, **inputs)
-        if mask is not None:  # as in folded windows
-            output.last_hidden_state = output.last_hidden_state.masked_fill(~mask[..., None], 0)
+        # Zero at padding, as in folded windows.
+        padding = {} if mask is None else {"unfold": lambda x: x.masked_fill(~mask[..., None], 0)}
+        output, base = self._run(inputs, cache, recall, **padding)
 
         def keep(removed: int) -> None:
             if mask is None:
@@ -381,9 +433,9 @@ class DNCGPT2Model(DNCGPT2PreTrainedModel, GPT2Model):
             else:
                 cache.keep_right_padded(_without_last(mask, removed), tokens - removed)
 
-        return Attention(output, None, keep)
+        return Attention(output, base, keep)
 
-    def _attend_in_windows(self, inputs, mask, position_ids, cache) -> "Attention":
+    def _attend_in_windows(self, inputs, mask, position_ids, cache, recall) -> "Attention":
         """Windows as rows of their own, from the start of one."""
         if inputs.get("encoder_hidden_states") is not None:
             raise ValueError(
@@ -409,11 +461,7 @@ class DNCGPT2Model(DNCGPT2PreTrainedModel, GPT2Model):
             visible = folding.fold(real)
             visible[:, 0] = True
             inputs |= {"position_ids": folding.fold(layout.positions % size), "attention_mask": visible}
-        output = super().forward(past_key_values=cache, use_cache=cache is not None, **inputs)
-        output.last_hidden_state = folding.unfold(output.last_hidden_state)
-        if output.hidden_states is not None:
-            # Of layers that were not asked for there is none.
-            output.hidden_states = tuple(x if x is None else folding.unfold(x) for x in output.hidden_states)
+        output, base = self._run(inputs, cache, recall, layout.restarts, folding.fold, folding.unfold)
         if output.attentions is not None:
             output.attentions = tuple(folding.unfold_attention(x) for x in output.attentions)
 
@@ -423,9 +471,9 @@ class DNCGPT2Model(DNCGPT2PreTrainedModel, GPT2Model):
             else:
                 cache.keep_first(layout, _without_last(real, removed), folding, tokens - removed)
 
-        return Attention(output, layout.restarts, keep)
+        return Attention(output, base, keep)
 
-    def _attend_onward_alike(self, inputs, mask, position_ids, cache) -> "Attention":
+    def _attend_onward_alike(self, inputs, mask, position_ids, cache, recall) -> "Attention":
         """Rows that all go on from the same position of a cache."""
         batch, tokens, _ = inputs["inputs_embeds"].shape
         device, size, last = inputs["inputs_embeds"].device, self.window_size, cache.position
@@ -442,7 +490,7 @@ class DNCGPT2Model(DNCGPT2PreTrainedModel, GPT2Model):
                 windows = torch.cat([places.new_zeros(held), places // size])
                 visible = (windows[held:, None] == windows).tril(held)
                 inputs["attention_mask"] = _bias(visible[None], inputs["inputs_embeds"].dtype)
-        output = super().forward(past_key_values=cache, use_cache=True, **inputs)
+        output, base = self._run(inputs, cache, recall)
         if output.attentions is not None:
             output.attentions = tuple(F.pad(x, (seen - held, 0)) for x in output.attentions)
 
@@ -450,9 +498,9 @@ class DNCGPT2Model(DNCGPT2PreTrainedModel, GPT2Model):
             position = last + tokens - removed
             cache.keep_alike(batch, position, held + tokens - removed - (position % size + 1))
 
-        return Attention(output, None, keep)
+        return Attention(output, base, keep)
 
-    def _attend_onward(self, inputs, mask, position_ids, cache) -> "Attention":
+    def _attend_onward(self, inputs, mask, position_ids, cache, recall) -> "Attention":
         """Rows that go on from a cache, each in its own window."""
         embeds = inputs["inputs_embeds"]
         batch, tokens, _ = embeds.shape
@@ -473,7 +521,7 @@ class DNCGPT2Model(DNCGPT2PreTrainedModel, GPT2Model):
             visible = torch.cat([to_cached, among_new.tril()], dim=-1)
         flash = tokens == 1 and is_flash_attention_requested(self.config)
         inputs["attention_mask"] = visible[:, 0] if flash else _bias(visible, embeds.dtype)
-        output = super().forward(past_key_values=cache, use_cache=True, **inputs)
+        output, base = self._run(inputs, cache, recall, layout.restarts)
         if output.attentions is not None and rows.origins is not None:
             appended = torch.arange(tokens, device=embeds.device).expand(batch, -1) + cache.seen_tokens
             origins = torch.cat([rows.origins, appended], dim=-1)
@@ -487,10 +535,10 @@ class DNCGPT2Model(DNCGPT2PreTrainedModel, GPT2Model):
             else:
                 cache.keep_onward(rows, current, layout, _without_last(real, removed), tokens - removed)
 
-        return Attention(output, layout.restarts, keep)
+        return Attention(output, base, keep)
 
     def _attend_as_told(
-        self, embeds, token_type_ids, attention_mask, visible, real, position_ids, cache, options
+        self, embeds, token_type_ids, attention_mask, visible, ancestry, position_ids, cache, recall, options
     ) -> "Attention":
         """A custom mask [B or 1, heads or 1, T, S], within windows; positions are counted unless they are given."""
         batch, tokens, _ = embeds.shape
@@ -514,37 +562,66 @@ class DNCGPT2Model(DNCGPT2PreTrainedModel, GPT2Model):
         if not told.is_floating_point():
             told = torch.zeros_like(told, dtype=embeds.dtype).masked_fill_(told == 0, torch.finfo(embeds.dtype).min)
         told = told.to(embeds.dtype).masked_fill(~same[:, None], torch.finfo(embeds.dtype).min)
-        output = super().forward(
-            inputs_embeds=embeds,
-            token_type_ids=token_type_ids,
-            position_ids=positions % size,
-            attention_mask=told,
-            past_key_values=cache,
-            use_cache=cache is not None,
-            **options,
-        )
+        inputs = {"inputs_embeds": embeds, "token_type_ids": token_type_ids, **options}
+        inputs |= {"position_ids": positions % size, "attention_mask": told}
+        output, base = self._run(inputs, cache, recall, ancestry.reset)
         seen = 0 if cache is None else cache.get_seq_length()
         if output.attentions is not None:
             output.attentions = tuple(F.pad(x, (seen - current.shape[1], 0)) for x in output.attentions)
 
         def keep(removed: int) -> None:
             # What each row's last token sees: a following one goes on from there.
-            kept_real = _without_last(real, removed)
+            kept_real = _without_last(ancestry.real, removed)
             last = (torch.arange(tokens, device=device) * kept_real).amax(-1)
             kept = (visible & same)[torch.arange(batch, device=device), last]
             kept[:, current.shape[1] :] &= kept_real
             last_positions = last_real(positions, kept_real, rows.last_positions)
             cache.keep_some(rows, kept, last_positions, tokens - removed)
 
-        return Attention(output, None, keep)
+        return Attention(output, base, keep)
 
 
 class Attention(NamedTuple):
-    """What the backbone answers for [B, T] tokens."""
+    """What the stack answers for [B, T] tokens."""
 
     output: ModelOutput
-    restarts: Tensor | None  # [B, T] bool, tokens before which a new document begins
+    base: Callable[[], Tensor]  # gives the final hidden state without any read
     keep: Callable[[int], None]  # lets the cache keep the tokens, but for so many of the last
+
+
+class Recall:
+    """The memory's part in one pass over [B, T] tokens: run when the hidden states that it looks at are known.
+
+    Attributes:
+        compares: whether the hidden states without the reads are wanted, too.
+        output: of the memory, once it has run.
+    """
+
+    def __init__(
+        self,
+        remember: Callable[[Tensor, Tensor | None, Tensor | None], MemoryOutput],
+        real: Tensor | None,
+        reset: Tensor | None,
+        compares: bool,
+    ):
+        """
+        Args:
+            remember: the memory, of hidden states [B, T, H], real tokens and those before which it is emptied.
+            real, reset: [B, T] bool.
+        """
+        self._remember, self._real, self._reset = remember, real, reset
+        self.compares = compares
+        self.output: MemoryOutput | None = None
+
+    def __call__(self, hidden: Tensor, restarts: Tensor | None) -> Tensor:
+        """What is read, to be added: [B, T, H]. `restarts` [B, T] bool empties the memory, too."""
+        self._hidden, self._reset = hidden, _either(self._reset, restarts)
+        self.output = self.again(self._real)
+        return self.output.hidden_states
+
+    def again(self, real: Tensor | None) -> MemoryOutput:
+        """The same once more, of these tokens."""
+        return self._remember(self._hidden, real, self._reset)
 
 
 def _either(one: Tensor | None, other: Tensor | None) -> Tensor | None:
@@ -631,7 +708,8 @@ class DNCGPT2LMHeadModel(DNCGPT2PreTrainedModel, GenerationMixin):
             labels: [B, T] token ids, shifted inside, or -100 to ignore.
             shift_labels: [B, T], the target of each token, ready made; `labels` are then not looked at.
             num_items_in_batch: the number that the summed cross-entropy is divided by, the count of targets by default.
-            output_base_logits: also return the logits of the same hidden states without the read.
+            output_base_logits: also return the logits of the backbone without any read: see
+                `output_base_hidden_state` of `DNCGPT2Model.forward`, also for `output_divergence`.
             output_logits: whether to build logits at all. Without them the loss is computed in chunks of tokens, and
                 memory does not grow with the vocabulary (but where slots are pointed at).
             output_divergence: with `output_logits=False`, how much the read changes each prediction; [B, T] bool
@@ -641,6 +719,7 @@ class DNCGPT2LMHeadModel(DNCGPT2PreTrainedModel, GenerationMixin):
         # As in GPT-2 it is no name in the signature: `Trainer` would ask every batch for it as for `labels`.
         shift_labels = kwargs.pop("shift_labels", None)
         points = self.points
+        compare = not output_logits and (isinstance(output_divergence, Tensor) or output_divergence)
         outputs = self.transformer(
             input_ids,
             past_key_values=past_key_values,
@@ -652,6 +731,7 @@ class DNCGPT2LMHeadModel(DNCGPT2PreTrainedModel, GenerationMixin):
             memory_state=memory_state,
             memory_reset=memory_reset,
             output_memory=output_memory or points,
+            output_base_hidden_state=output_base_logits or compare,
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
             return_dict=True,
@@ -667,7 +747,6 @@ class DNCGPT2LMHeadModel(DNCGPT2PreTrainedModel, GenerationMixin):
             logits = self.logits(*parts)
         if output_base_logits:
             base_logits = self.lm_head(slice_logits_to_keep(outputs.base_hidden_state, logits_to_keep))
-        compare = isinstance(output_divergence, Tensor) or output_divergence
         if not output_logits and not points:
             loss, correct, divergence = causal_lm_losses(
                 self.lm_head,

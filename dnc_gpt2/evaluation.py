@@ -103,7 +103,7 @@ class HiddenStates(NamedTuple):
 
     @classmethod
     def of(cls, outputs: ModelOutput) -> "HiddenStates":
-        """Those of a backbone with memory, run with `output_memory`."""
+        """Those of a backbone with memory, run with `output_memory` and `output_base_hidden_state`."""
         reads = None if outputs.slot_tokens is None else outputs.read_weights.mean(2)
         return cls(outputs.last_hidden_state, outputs.base_hidden_state, outputs.slot_tokens, reads)
 
@@ -141,6 +141,7 @@ class Runner:
             memory_reset=batch["memory_reset"],
             memory_state=self.state if carry_memory else None,
             output_memory=True,
+            output_base_hidden_state=True,
             use_cache=False,
         )
         self.state = outputs.memory_state

@@ -111,7 +111,8 @@ def inspect_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, i
         raise ValueError(f"A {model.config.model_type} has no memory to inspect: load a checkpoint that has one.")
     was_training = model.training
     ids = ids.to(next(model.parameters()).device)
-    out = model.eval().transformer(ids[None], output_memory=True, use_cache=False)
+    asked = {"output_memory": True, "output_base_hidden_state": True}
+    out = model.eval().transformer(ids[None], **asked, use_cache=False)
     states = HiddenStates(*(None if x is None else x[0, :-1] for x in HiddenStates.of(out)))
     surprise, base_surprise = (
         predictions(model, states, ids[1:]).get("nll", ids.new_zeros(0, dtype=torch.float32))

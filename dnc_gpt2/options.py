@@ -60,6 +60,7 @@ class ModelArguments:
     mem_slots: int = field(default=64, metadata={"help": "Memory rows N."})
     mem_width: int = field(default=128, metadata={"help": "Width W of a memory row."})
     num_reads: int = field(default=4, metadata={"help": "Read heads R."})
+    memory_layer: int | None = field(default=None, metadata={"help": "Layers below the memory; default half of them."})
     addressing: str = field(default="lru", metadata={"help": "lru, dnc or simplified."})
     address_width: int | None = field(default=None, metadata={"help": "Address columns of a row (lru)."})
     token_shift: bool = field(default=True, metadata={"help": "Store a token under the context before it (lru)."})

@@ -40,6 +40,12 @@ def _seeded():
     torch.manual_seed(0)
 
 
+@pytest.fixture(params=["lru", "dnc", "simplified", "lru-on-top"])
+def memory(request) -> dict:
+    """Options of each kind of memory, in mid-stack, and of one on top of it."""
+    return {"memory_layer": TINY["n_layer"]} if request.param == "lru-on-top" else {"addressing": request.param}
+
+
 @pytest.fixture
 def tiny_config():
     """A function that makes the configuration of a tiny model without dropout."""

@@ -9,8 +9,6 @@ from torch import Tensor
 from cache_dnc_gpt2 import DNCGPT2Cache, DNCGPT2StaticCache
 from dnc_gpt2 import DNCGPT2LMHeadModel
 
-every_addressing = pytest.mark.parametrize("addressing", ["lru", "dnc", "simplified"])
-
 WINDOW = 8  # that of `tiny_config`
 
 EQUAL, LEFT, HOLES = "no padding", "left padding", "holes"
@@ -42,11 +40,10 @@ def every_cache(model: DNCGPT2LMHeadModel) -> list[DNCGPT2Cache | DNCGPT2StaticC
     return [DNCGPT2Cache(model.config), DNCGPT2StaticCache(model.config, max_cache_len=100)]
 
 
-@every_addressing
 @pytest.mark.parametrize("kind", [EQUAL, LEFT, HOLES])
 @pytest.mark.parametrize("sizes", [[1] * 29, [5, 1, 1, 12, 10], [20] + [1] * 9, [7, 1, 8, 8, 5]], ids=str)
-def test_both_caches_give_what_one_pass_gives(tiny_model, addressing, kind, sizes):
-    model, tokens, mask = tiny_model(addressing=addressing), random_tokens(3, 29), padded(kind, 29)
+def test_both_caches_give_what_one_pass_gives(tiny_model, memory, kind, sizes):
+    model, tokens, mask = tiny_model(**memory), random_tokens(3, 29), padded(kind, 29)
     whole = model(tokens, attention_mask=mask)
     for cache in every_cache(model):
         logits = fill(model, cache, tokens, mask, sizes)
@@ -55,9 +52,8 @@ def test_both_caches_give_what_one_pass_gives(tiny_model, addressing, kind, size
         assert cache.get_seq_length() == 29 and len(cache) == model.config.num_hidden_layers
 
 
-@every_addressing
-def test_rows_that_are_alike_take_a_shorter_way_to_the_same_numbers(tiny_model, addressing):
-    model, tokens = tiny_model(addressing=addressing), random_tokens(3, 29)
+def test_rows_that_are_alike_take_a_shorter_way_to_the_same_numbers(tiny_model, memory):
+    model, tokens = tiny_model(**memory), random_tokens(3, 29)
     short, long = DNCGPT2Cache(model.config), DNCGPT2Cache(model.config)
     start = 0
     for size in (3, 1, 1, 1, 1, 1, 1, 13, 1, 1, 5):
@@ -94,13 +90,12 @@ def test_padding_of_the_first_window_has_columns_as_in_gpt2(tiny_model, padding)
     assert out.past_key_values.layers[0].keys.shape[2] == 14
 
 
-@every_addressing
 @pytest.mark.parametrize("kind", [EQUAL, LEFT, HOLES])
 @pytest.mark.parametrize(
     "sizes, removed", [([29], 13), ([20, 9], 4), ([20, 9], 9), ([13] + [1] * 16, 9), ([13, 1, 1, 14], 15), ([8, 21], 5)]
 )
-def test_crop_goes_back_to_before_the_last_tokens(tiny_model, addressing, kind, sizes, removed):
-    model, tokens, mask = tiny_model(addressing=addressing), random_tokens(3, 29), padded(kind, 29)
+def test_crop_goes_back_to_before_the_last_tokens(tiny_model, memory, kind, sizes, removed):
+    model, tokens, mask = tiny_model(**memory), random_tokens(3, 29), padded(kind, 29)
     cache = DNCGPT2Cache(model.config)
     cache.activate_past_recording()
     fill(model, cache, tokens, mask, sizes)
@@ -166,10 +161,9 @@ def test_static_cache_records_no_past(tiny_model):
         cache.activate_past_recording()
 
 
-@every_addressing
 @pytest.mark.parametrize("kind", [EQUAL, LEFT])
-def test_both_caches_reorder_repeat_and_select_rows_with_their_memory(tiny_model, addressing, kind):
-    model, tokens, mask = tiny_model(addressing=addressing), random_tokens(3, 13), padded(kind, 13)
+def test_both_caches_reorder_repeat_and_select_rows_with_their_memory(tiny_model, memory, kind):
+    model, tokens, mask = tiny_model(**memory), random_tokens(3, 13), padded(kind, 13)
     following = random_tokens(6, 3)
     changes = {
         "reorder_cache": (torch.tensor([2, 0, 2]), [2, 0, 2]),
@@ -190,9 +184,8 @@ def test_both_caches_reorder_repeat_and_select_rows_with_their_memory(tiny_model
             torch.testing.assert_close(torch.cat(actual, 1), expected)
 
 
-@every_addressing
-def test_reset_caches_start_anew(tiny_model, addressing):
-    model, tokens = tiny_model(addressing=addressing), random_tokens(2, 13)
+def test_reset_caches_start_anew(tiny_model, memory):
+    model, tokens = tiny_model(**memory), random_tokens(2, 13)
     for cache in every_cache(model):
         model(random_tokens(2, 11), past_key_values=cache)
         cache.reset()
@@ -216,9 +209,8 @@ def test_layers_are_offloaded_and_fetched_with_their_memory(tiny_model):
     assert last.keys.is_meta and all(x is None or x.is_meta for x in last.memory_state)
 
 
-@every_addressing
-def test_static_cache_never_moves(tiny_model, addressing):
-    model, tokens, mask = tiny_model(addressing=addressing), random_tokens(3, 40), padded(LEFT, 40)
+def test_static_cache_never_moves(tiny_model, memory):
+    model, tokens, mask = tiny_model(**memory), random_tokens(3, 40), padded(LEFT, 40)
     cache = DNCGPT2StaticCache(model.config, max_cache_len=40)
 
     def addresses() -> list[int]:

@@ -8,8 +8,6 @@ from test_modeling import plain_gpt2, random_tokens
 from torch import Tensor, nn
 from transformers import CompileConfig, PreTrainedModel
 
-every_addressing = pytest.mark.parametrize("addressing", ["lru", "dnc", "simplified"])
-
 WINDOW = 8  # that of `tiny_config`
 
 
@@ -33,9 +31,8 @@ def compiled_generation():
     torch.compiler.reset()
 
 
-@every_addressing
-def test_compiled_decoding_is_one_graph_for_all_tokens_and_windows(tiny_model, compiled_generation, addressing):
-    model, tokens = tiny_model(addressing=addressing, n_layer=1), prompt(3, 11)
+def test_compiled_decoding_is_one_graph_for_all_tokens_and_windows(tiny_model, compiled_generation, memory):
+    model, tokens = tiny_model(**memory), prompt(3, 11)
     mask = padded(LEFT, 11)
     for length in (11, 5):
         expected = generate(model, tokens[:, :length], attention_mask=mask[:, :length])
@@ -45,7 +42,7 @@ def test_compiled_decoding_is_one_graph_for_all_tokens_and_windows(tiny_model, c
 
 
 def test_compiled_decoding_without_padding_is_one_graph_as_gpt2s(tiny_model, compiled_generation):
-    model, tokens = tiny_model(n_layer=1), prompt(2, 3)
+    model, tokens = tiny_model(), prompt(2, 3)
     for kind in (model, plain_gpt2(model)):
         kind.generation_config.eos_token_id = None
         before = len(compiled_generation.graphs)
@@ -58,7 +55,7 @@ def test_compiled_decoding_runs_the_fused_scan_inside_its_graph(tiny_config, com
     pytest.importorskip("numba")
     from dnc_gpt2 import DNCGPT2LMHeadModel
 
-    model, tokens = DNCGPT2LMHeadModel(tiny_config(scan="numba", initializer_range=0.2, n_layer=1)).eval(), prompt()
+    model, tokens = DNCGPT2LMHeadModel(tiny_config(scan="numba", initializer_range=0.2)).eval(), prompt()
     assert torch.equal(compiled_generation(model, tokens), generate(model, tokens))
     assert len(compiled_generation.graphs) == 1
 
@@ -79,7 +76,7 @@ def test_exported_graph_takes_any_length(tiny_config):
     pytest.importorskip("numba")
     from dnc_gpt2 import DNCGPT2LMHeadModel
 
-    model = DNCGPT2LMHeadModel(tiny_config(scan="numba", initializer_range=0.2, n_layer=1)).eval()
+    model = DNCGPT2LMHeadModel(tiny_config(scan="numba", initializer_range=0.2)).eval()
     for kind, lengths in ((model, (3, 6, WINDOW, WINDOW + 1, 30)), (plain_gpt2(model), (3, 6, WINDOW))):
         shapes = {"input_ids": {1: torch.export.Dim.DYNAMIC}}
         graph = torch.export.export(Logits(kind), (random_tokens(2, 6),), dynamic_shapes=shapes, strict=False).module()
@@ -89,9 +86,8 @@ def test_exported_graph_takes_any_length(tiny_config):
 
 
 @torch.no_grad()
-@every_addressing
-def test_exported_graph_of_one_length_needs_no_kernels(tiny_model, addressing):
-    model, tokens = tiny_model(addressing=addressing, n_layer=1, n_positions=3), random_tokens(2, 4)
+def test_exported_graph_of_one_length_needs_no_kernels(tiny_model, memory):
+    model, tokens = tiny_model(**memory, n_positions=3), random_tokens(2, 4)
     graph = torch.export.export(Logits(model), (tokens,), strict=False).module()
     other = random_tokens(2, 4)
     torch.testing.assert_close(graph(other), model(other).logits)

@@ -14,6 +14,7 @@ MEMORY_DEFAULTS = {
     "mem_slots": 64,
     "mem_width": 128,
     "num_reads": 4,
+    "memory_layer": None,
     "addressing": "lru",
     "address_width": None,
     "token_shift": True,
@@ -80,6 +81,7 @@ REFUSED = [
     ("activation_function", "nope", "one of", {}),
     ("layer_norm_epsilon", 0.0, "a finite number above 0", {}),
     ("initializer_range", -0.1, "a finite number of at least 0", {}),
+    *[("memory_layer", value, "None or an integer from 1 to n_layer=3", {"n_layer": 3}) for value in (0, -1, 4)],
     ("sharpen_links", True, "false without temporal_links", {"temporal_links": False}),
     *[("addressing", value, f"one of {ADDRESSINGS}", {}) for value in ("", "LRU", "ntm")],
     *[("scan", value, f"one of {SCANS}", {}) for value in ("", "cuda")],
@@ -121,7 +123,7 @@ def test_value_outside_its_range_is_refused_by_name_value_and_what_is_allowed(na
 MISTYPED = [
     *[(name, value, "int") for name in SIZES for value in (2.5, "4", True, None)],
     *[(name, value, "str") for name in ("addressing", "scan") for value in (1, None)],
-    *[("address_width", value, "int") for value in (2.5, "4", True)],
+    *[(name, value, "int") for name in ("address_width", "memory_layer") for value in (2.5, "4", True)],
     *[
         (name, value, "bool")
         for name in (
@@ -217,6 +219,21 @@ def test_read_projection_starts_as_a_cache_only_where_rows_hold_tokens():
     assert DNCGPT2Config(read_projection_init="zero").initial_read_projection == "zero"
 
 
+def test_memory_lies_in_the_middle_unless_it_is_told_where():
+    assert [DNCGPT2Config(n_layer=layers).blocks_below_memory for layers in (1, 2, 3, 4, 12)] == [1, 1, 2, 2, 6]
+    assert DNCGPT2Config(n_layer=4, memory_layer=4).blocks_below_memory == 4
+
+
+def test_saved_config_from_before_memory_layers_keeps_its_memory_on_top(tmp_path):
+    DNCGPT2Config(n_layer=4).save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    saved = json.loads(path.read_text())
+    assert DNCGPT2Config.from_pretrained(tmp_path).blocks_below_memory == 2
+    del saved["memory_layer"]
+    path.write_text(json.dumps(saved))
+    assert DNCGPT2Config.from_pretrained(tmp_path).blocks_below_memory == 4
+
+
 OTHERS = {
     "n_embd": 48,
     "n_layer": 3,
@@ -226,6 +243,7 @@ OTHERS = {
     "mem_slots": 5,
     "mem_width": 12,
     "num_reads": 2,
+    "memory_layer": 1,
     "address_width": 3,
     "token_shift": False,
     "address_token": False,

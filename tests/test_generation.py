@@ -10,8 +10,6 @@ from transformers.generation.streamers import BaseStreamer
 from dnc_gpt2 import DNCGPT2LMHeadModel
 from modeling_dnc_gpt2 import DNCGPT2Cache
 
-every_addressing = pytest.mark.parametrize("addressing", ["lru", "dnc", "simplified"])
-
 WINDOW, VOCABULARY = 8, 67  # those of `tiny_config`
 NEW = 2 * WINDOW + 3  # tokens generated: they cross two windows
 
@@ -36,26 +34,23 @@ def greedy_by_hand(model: DNCGPT2LMHeadModel, tokens: Tensor, **options) -> Tens
     return tokens
 
 
-@every_addressing
-def test_greedy_takes_the_likeliest_token_with_and_without_a_cache(tiny_model, addressing):
-    model, tokens = tiny_model(addressing=addressing), prompt()
+def test_greedy_takes_the_likeliest_token_with_and_without_a_cache(tiny_model, memory):
+    model, tokens = tiny_model(**memory), prompt()
     expected = greedy_by_hand(model, tokens)
     for use_cache in (True, False):
         assert torch.equal(generate(model, tokens, use_cache=use_cache), expected)
 
 
-@every_addressing
-def test_sampling_draws_the_same_with_and_without_a_cache(tiny_model, addressing):
-    model, tokens = tiny_model(addressing=addressing), prompt()
+def test_sampling_draws_the_same_with_and_without_a_cache(tiny_model, memory):
+    model, tokens = tiny_model(**memory), prompt()
     options = {"do_sample": True, "temperature": 1.3, "top_k": 20, "top_p": 0.95, "num_return_sequences": 2}
     cached, uncached = (generate(model, tokens, use_cache=use_cache, **options) for use_cache in (True, False))
     assert cached.shape == (4, tokens.shape[1] + NEW)
     assert torch.equal(cached, uncached) and not torch.equal(cached[0], cached[1])
 
 
-@every_addressing
-def test_beams_with_a_cache_equal_those_without(tiny_model, addressing):
-    model, tokens = tiny_model(addressing=addressing), prompt(rows=6)
+def test_beams_with_a_cache_equal_those_without(tiny_model, memory):
+    model, tokens = tiny_model(**memory), prompt(rows=6)
     options = {"num_beams": 3, "num_return_sequences": 2, "return_dict_in_generate": True, "output_scores": True}
     cached, uncached = (generate(model, tokens, use_cache=use_cache, **options) for use_cache in (True, False))
     assert torch.equal(cached.sequences, uncached.sequences)
@@ -64,9 +59,8 @@ def test_beams_with_a_cache_equal_those_without(tiny_model, addressing):
     assert (cached.beam_indices[:, :NEW] != cached.beam_indices[:, :1]).any()
 
 
-@every_addressing
-def test_scores_equal_the_logits_of_one_pass(tiny_model, addressing):
-    model, tokens = tiny_model(addressing=addressing), prompt()
+def test_scores_equal_the_logits_of_one_pass(tiny_model, memory):
+    model, tokens = tiny_model(**memory), prompt()
     out = generate(model, tokens, return_dict_in_generate=True, output_logits=True)
     whole = model(out.sequences).logits[:, tokens.shape[1] - 1 : -1]
     torch.testing.assert_close(torch.stack(out.logits, 1).double(), whole, rtol=1e-5, atol=1e-5)
@@ -95,10 +89,9 @@ def test_generation_goes_on_past_the_window_in_constant_memory(tiny_model, monke
     assert max(max(columns) for columns in held) <= WINDOW
 
 
-@every_addressing
 @pytest.mark.parametrize("use_cache", [True, False])
-def test_each_row_of_a_left_padded_batch_is_generated_as_if_alone(tiny_model, addressing, use_cache):
-    model, lengths = tiny_model(addressing=addressing), [11, 7, 1]
+def test_each_row_of_a_left_padded_batch_is_generated_as_if_alone(tiny_model, memory, use_cache):
+    model, lengths = tiny_model(**memory), [11, 7, 1]
     tokens, mask = prompt(3, 11), torch.zeros(3, 11, dtype=torch.long)
     for row, length in enumerate(lengths):
         mask[row, 11 - length :] = 1
@@ -121,10 +114,9 @@ def test_row_that_has_ended_does_not_disturb_the_others(tiny_model):
         assert not stopped[row, 5 + length :].any()
 
 
-@every_addressing
 @pytest.mark.parametrize("first", [3, WINDOW - 5, 7, 2 * WINDOW])
-def test_generation_goes_on_from_a_returned_cache(tiny_model, addressing, first):
-    model, tokens = tiny_model(addressing=addressing), prompt()
+def test_generation_goes_on_from_a_returned_cache(tiny_model, memory, first):
+    model, tokens = tiny_model(**memory), prompt()
     expected = generate(model, tokens, max_new_tokens=first + 9)
     begun = generate(model, tokens, max_new_tokens=first, return_dict_in_generate=True)
     assert isinstance(begun.past_key_values, DNCGPT2Cache)
@@ -138,18 +130,16 @@ def test_generation_goes_on_from_the_cache_of_a_forward_pass(tiny_model):
     assert torch.equal(generate(model, tokens, past_key_values=cache), generate(model, tokens))
 
 
-@every_addressing
 @pytest.mark.parametrize("use_cache", [True, False])
-def test_generation_starts_from_a_given_memory_state(tiny_model, addressing, use_cache):
-    model, tokens = tiny_model(addressing=addressing), prompt(length=2 * WINDOW + 3)
+def test_generation_starts_from_a_given_memory_state(tiny_model, memory, use_cache):
+    model, tokens = tiny_model(**memory), prompt(length=2 * WINDOW + 3)
     state = model(tokens[:, : 2 * WINDOW]).memory_state
     continued = generate(model, tokens[:, 2 * WINDOW :], memory_state=state, use_cache=use_cache)
     assert torch.equal(continued, generate(model, tokens)[:, 2 * WINDOW :])
 
 
-@every_addressing
-def test_given_memory_state_is_shared_by_the_beams_of_its_row(tiny_model, addressing):
-    model, tokens = tiny_model(addressing=addressing), prompt(length=WINDOW + 3)
+def test_given_memory_state_is_shared_by_the_beams_of_its_row(tiny_model, memory):
+    model, tokens = tiny_model(**memory), prompt(length=WINDOW + 3)
     state = model(tokens[:, :WINDOW]).memory_state
     options = {"num_beams": 3, "num_return_sequences": 2}
     continued = generate(model, tokens[:, WINDOW:], memory_state=state, **options)
@@ -187,9 +177,8 @@ def left_padded(rows: int = 3, length: int = 11) -> tuple[Tensor, Tensor]:
     return prompt(rows, length), (torch.arange(length) >= padding).long()
 
 
-@every_addressing
-def test_static_cache_generates_as_the_dynamic_one(tiny_model, addressing):
-    model = tiny_model(addressing=addressing)
+def test_static_cache_generates_as_the_dynamic_one(tiny_model, memory):
+    model = tiny_model(**memory)
     tokens, mask = left_padded()
     for given in (torch.ones_like(mask), mask):
         static, dynamic = (
@@ -206,11 +195,10 @@ def test_static_cache_follows_the_beams(tiny_model):
     )
 
 
-@every_addressing
 @pytest.mark.parametrize("length", [1, 5, WINDOW, 11])
 @pytest.mark.parametrize("candidates", ["itself", "a smaller model", "prompt lookup"])
-def test_assisted_decoding_equals_greedy_decoding(tiny_model, addressing, length, candidates):
-    model, tokens = tiny_model(addressing=addressing), prompt(1, 3).repeat(1, 4)[:, :length]
+def test_assisted_decoding_equals_greedy_decoding(tiny_model, memory, length, candidates):
+    model, tokens = tiny_model(**memory), prompt(1, 3).repeat(1, 4)[:, :length]
     if candidates == "prompt lookup":
         options = {"prompt_lookup_num_tokens": 4}
     else:
@@ -234,9 +222,8 @@ def test_assisted_sampling_draws_valid_tokens(tiny_model):
     assert out.shape == (1, 5 + NEW) and (out < VOCABULARY).all()
 
 
-@every_addressing
-def test_beam_sampling_draws_the_same_with_and_without_a_cache(tiny_model, addressing):
-    model, tokens = tiny_model(addressing=addressing), prompt()
+def test_beam_sampling_draws_the_same_with_and_without_a_cache(tiny_model, memory):
+    model, tokens = tiny_model(**memory), prompt()
     options = {"num_beams": 3, "do_sample": True, "top_k": 20, "num_return_sequences": 2}
     cached, uncached, static = (
         generate(model, tokens, **options, **cache)
@@ -246,9 +233,8 @@ def test_beam_sampling_draws_the_same_with_and_without_a_cache(tiny_model, addre
     assert torch.equal(cached, uncached) and torch.equal(cached, static)
 
 
-@every_addressing
-def test_beams_of_a_padded_batch_are_those_of_each_row_alone(tiny_model, addressing):
-    model = tiny_model(addressing=addressing)
+def test_beams_of_a_padded_batch_are_those_of_each_row_alone(tiny_model, memory):
+    model = tiny_model(**memory)
     tokens, mask = left_padded()
     together = generate(model, tokens, attention_mask=mask, num_beams=3)
     for row, real in enumerate(mask.bool()):

@@ -10,10 +10,9 @@ from torch import Tensor
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel
 
 from dnc_gpt2 import DNCGPT2LMHeadModel, MemoryState
-from modeling_dnc_gpt2 import DNCGPT2Cache
+from modeling_dnc_gpt2 import DNCGPT2Cache, DNCGPT2ModelOutput
 
 ADDRESSINGS = ["lru", "dnc", "simplified"]
-every_addressing = pytest.mark.parametrize("addressing", ADDRESSINGS)
 
 WINDOW, VOCABULARY = 8, 67  # those of `tiny_config`
 
@@ -51,6 +50,13 @@ def silent(model: DNCGPT2LMHeadModel) -> DNCGPT2LMHeadModel:
     return model
 
 
+def what_the_memory_sees(model: DNCGPT2LMHeadModel, out: DNCGPT2ModelOutput) -> Tensor:
+    """Its input [B, T, H], from an output with all hidden states and the one without any read."""
+    if not model.transformer.mid_stack:
+        return out.base_hidden_state
+    return model.transformer.ln_f(out.hidden_states[model.config.blocks_below_memory])
+
+
 def run_in_chunks(model: DNCGPT2LMHeadModel, tokens: Tensor, sizes: list[int], mask: Tensor | None = None, **options):
     """Feed [B, T] in chunks of these sizes through a cache. Returns the logits and the last output."""
     cache, logits, start = None, [], 0
@@ -70,9 +76,8 @@ def run_in_chunks(model: DNCGPT2LMHeadModel, tokens: Tensor, sizes: list[int], m
     return torch.cat(logits, 1), out
 
 
-@every_addressing
-def test_backbone_parameters_are_named_as_in_gpt2(tiny_config, addressing):
-    config = tiny_config(addressing=addressing)
+def test_backbone_parameters_are_named_as_in_gpt2(tiny_config, memory):
+    config = tiny_config(**memory)
     ours = {name: value.shape for name, value in DNCGPT2LMHeadModel(config).state_dict().items()}
     stock = {name: value.shape for name, value in plain_gpt2(DNCGPT2LMHeadModel(config)).state_dict().items()}
     assert {name: shape for name, shape in ours.items() if not name.startswith("transformer.memory.")} == stock
@@ -228,9 +233,8 @@ def test_untied_embeddings_are_an_option(tiny_config, tmp_path):
     assert not torch.equal(loaded.lm_head.weight, loaded.transformer.wte.weight)
 
 
-@every_addressing
-def test_loss_is_cross_entropy_alone(tiny_model, addressing):
-    model, tokens = tiny_model(addressing=addressing), random_tokens(2, 20)
+def test_loss_is_cross_entropy_alone(tiny_model, memory):
+    model, tokens = tiny_model(**memory), random_tokens(2, 20)
     out = model(tokens, labels=tokens)
     expected = F.cross_entropy(out.logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
     torch.testing.assert_close(out.loss.double(), expected, rtol=1e-6, atol=0)
@@ -264,19 +268,19 @@ def test_loss_is_the_sum_divided_by_num_items_in_batch(tiny_model, make):
     torch.testing.assert_close(out.loss, mean * (2 * 19 / 100))
 
 
-@every_addressing
-def test_base_logits_are_those_of_the_same_hidden_states_without_the_read(tiny_model, addressing):
-    model, tokens = tiny_model(addressing=addressing), random_tokens(2, 20)
+def test_base_logits_are_those_of_the_same_hidden_states_without_the_read(tiny_model, memory):
+    model, tokens = tiny_model(**memory), random_tokens(2, 20)
     out = model(tokens, output_base_logits=True)
     assert not torch.allclose(out.logits, out.base_logits)
     assert model(tokens).base_logits is None
     torch.testing.assert_close(silent(model)(tokens).logits, out.base_logits, rtol=0, atol=0)
 
 
-def test_base_logits_share_the_dropout_of_the_logits(tiny_config):
-    model = silent(DNCGPT2LMHeadModel(tiny_config(resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5))).train()
+def test_base_logits_share_the_dropout_of_the_logits(tiny_config, memory):
+    model = DNCGPT2LMHeadModel(tiny_config(**memory, resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5))
+    model = silent(model).train()
     out = model(random_tokens(2, 20), output_base_logits=True)
-    assert torch.equal(out.logits, out.base_logits)
+    torch.testing.assert_close(out.logits, out.base_logits)
 
 
 def test_logits_to_keep_gives_the_last_or_the_chosen_tokens(tiny_model):
@@ -289,9 +293,8 @@ def test_logits_to_keep_gives_the_last_or_the_chosen_tokens(tiny_model):
         assert_states_equal(out.memory_state, whole.memory_state)
 
 
-@every_addressing
-def test_embeddings_given_as_inputs_equal_token_ids(tiny_model, addressing):
-    model, tokens = tiny_model(addressing=addressing), random_tokens(2, 20)
+def test_embeddings_given_as_inputs_equal_token_ids(tiny_model, memory):
+    model, tokens = tiny_model(**memory), random_tokens(2, 20)
     out = model(inputs_embeds=model.transformer.wte(tokens))
     assert torch.equal(out.logits, model(tokens).logits)
 
@@ -303,9 +306,8 @@ def test_outputs_can_be_a_tuple(tiny_model):
     assert torch.equal(loss, out.loss) and torch.equal(logits, out.logits)
 
 
-@every_addressing
-def test_output_memory_gives_gates_and_weights(tiny_model, addressing):
-    model, tokens = tiny_model(addressing=addressing), random_tokens(2, 20)
+def test_output_memory_gives_gates_and_weights(tiny_model, memory):
+    model, tokens = tiny_model(**memory), random_tokens(2, 20)
     out = model(tokens, output_memory=True)
     slots, heads = model.config.mem_slots, model.config.num_reads
     assert out.write_gates.shape == (2, 20)
@@ -314,7 +316,7 @@ def test_output_memory_gives_gates_and_weights(tiny_model, addressing):
     for x in (out.write_gates, out.write_weights, out.read_weights):
         assert (x >= 0).all() and (x <= 1).all()
     assert out.read_strengths.shape == (2, 20, heads)
-    assert (out.read_strengths >= (0 if addressing == "simplified" else 1)).all()
+    assert (out.read_strengths >= (0 if memory.get("addressing") == "simplified" else 1)).all()
     assert torch.equal(out.write_weights[:, -1], out.memory_state.write_weights)
     assert torch.equal(out.read_weights[:, -1], out.memory_state.read_weights)
     silent_out = model(tokens)
@@ -322,11 +324,11 @@ def test_output_memory_gives_gates_and_weights(tiny_model, addressing):
         assert getattr(silent_out, name) is None
 
 
-@every_addressing
-def test_one_window_is_exactly_gpt2_plus_memory(tiny_model, addressing):
-    model, tokens = tiny_model(addressing=addressing), random_tokens(3, WINDOW)
+@pytest.mark.parametrize("addressing", ADDRESSINGS)
+def test_one_window_is_exactly_gpt2_plus_a_memory_on_top(tiny_model, addressing):
+    model, tokens = tiny_model(addressing=addressing, memory_layer=2), random_tokens(3, WINDOW)
     expected = plain_gpt2(model).transformer(tokens, output_hidden_states=True)
-    out = model.transformer(tokens, output_hidden_states=True)
+    out = model.transformer(tokens, output_hidden_states=True, output_base_hidden_state=True)
     assert torch.equal(out.base_hidden_state, expected.last_hidden_state)
     for ours, stock in zip(out.hidden_states[:-1], expected.hidden_states[:-1], strict=True):
         assert torch.equal(ours, stock)
@@ -334,9 +336,8 @@ def test_one_window_is_exactly_gpt2_plus_memory(tiny_model, addressing):
     assert torch.equal(out.last_hidden_state, expected.last_hidden_state + memory.hidden_states)
 
 
-@every_addressing
-def test_two_windows_are_gpt2_on_folded_rows(tiny_model, addressing):
-    model, tokens = tiny_model(addressing=addressing), random_tokens(3, 2 * WINDOW)
+def test_two_windows_are_gpt2_on_folded_rows(tiny_model, memory):
+    model, tokens = tiny_model(**memory), random_tokens(3, 2 * WINDOW)
     folded = plain_gpt2(model)(tokens.view(-1, WINDOW)).logits
     actual = model(tokens, output_base_logits=True).base_logits
     torch.testing.assert_close(actual, folded.view(3, 2 * WINDOW, -1))
@@ -349,10 +350,9 @@ def test_token_types_are_embedded_as_in_gpt2(tiny_model):
     torch.testing.assert_close(actual, folded.view(2, 2 * WINDOW, -1))
 
 
-@every_addressing
 @pytest.mark.parametrize("cuts", [[8, 8, 8, 5], [16, 13], [8, 21]], ids=str)
-def test_document_in_pieces_cut_at_window_boundaries_gives_what_one_pass_gives(tiny_model, addressing, cuts):
-    model, tokens = tiny_model(addressing=addressing), random_tokens(3, 29)
+def test_document_in_pieces_cut_at_window_boundaries_gives_what_one_pass_gives(tiny_model, memory, cuts):
+    model, tokens = tiny_model(**memory), random_tokens(3, 29)
     whole = model(tokens)
     state, logits = None, []
     for piece in tokens.split(cuts, dim=1):
@@ -379,9 +379,8 @@ def test_saved_state_goes_on_with_the_document(tiny_model, tmp_path):
     torch.testing.assert_close(model(tokens[:, 8:], memory_state=state).logits, whole.logits[:, 8:])
 
 
-@every_addressing
-def test_memory_reaches_beyond_the_attention_window(tiny_model, addressing):
-    model, tokens = tiny_model(addressing=addressing), random_tokens(1, 3 * WINDOW)
+def test_memory_reaches_beyond_the_attention_window(tiny_model, memory):
+    model, tokens = tiny_model(**memory), random_tokens(1, 3 * WINDOW)
     other = tokens.clone()
     other[0, 2] = tokens[0, 2] % (VOCABULARY - 1) + 1
     one, two = (model(x, output_base_logits=True) for x in (tokens, other))
@@ -389,24 +388,21 @@ def test_memory_reaches_beyond_the_attention_window(tiny_model, addressing):
     assert (one.logits[:, 2 * WINDOW :] - two.logits[:, 2 * WINDOW :]).abs().amax() > 1e-9
 
 
-@every_addressing
-def test_inputs_far_longer_than_the_window_work(tiny_model, addressing):
-    out = tiny_model(addressing=addressing)(random_tokens(1, 12 * WINDOW + 3))
+def test_inputs_far_longer_than_the_window_work(tiny_model, memory):
+    out = tiny_model(**memory)(random_tokens(1, 12 * WINDOW + 3))
     assert out.logits.shape == (1, 12 * WINDOW + 3, VOCABULARY) and out.logits.isfinite().all()
 
 
-@every_addressing
-def test_later_tokens_change_no_earlier_logits(tiny_model, addressing):
-    model, tokens = tiny_model(addressing=addressing), random_tokens(2, 20)
+def test_later_tokens_change_no_earlier_logits(tiny_model, memory):
+    model, tokens = tiny_model(**memory), random_tokens(2, 20)
     other = tokens.clone()
     other[:, 11:] = random_tokens(2, 9)
     assert torch.equal(model(tokens).logits[:, :11], model(other).logits[:, :11])
 
 
-@every_addressing
 @pytest.mark.parametrize("left, right", [(3, 0), (0, 3), (11, 0), (0, 11), (5, 6)])
-def test_padding_changes_neither_the_state_nor_the_logits_of_real_tokens(tiny_model, addressing, left, right):
-    model, tokens = tiny_model(addressing=addressing), random_tokens(3, 29)
+def test_padding_changes_neither_the_state_nor_the_logits_of_real_tokens(tiny_model, memory, left, right):
+    model, tokens = tiny_model(**memory), random_tokens(3, 29)
     expected = model(tokens)
     padded = torch.cat([random_tokens(3, left), tokens, random_tokens(3, right)], 1)
     mask = F.pad(torch.ones_like(tokens), (left, right))
@@ -419,9 +415,8 @@ def test_padding_changes_neither_the_state_nor_the_logits_of_real_tokens(tiny_mo
     assert_states_equal(again.memory_state, out.memory_state)
 
 
-@every_addressing
-def test_padding_alone_leaves_the_state_bit_equal(tiny_model, addressing):
-    model, tokens = tiny_model(addressing=addressing), random_tokens(2, 13)
+def test_padding_alone_leaves_the_state_bit_equal(tiny_model, memory):
+    model, tokens = tiny_model(**memory), random_tokens(2, 13)
     before = model(tokens, use_cache=True)
     blank = torch.zeros(2, 5, dtype=torch.long)
     after = model(random_tokens(2, 5), attention_mask=blank, memory_state=before.memory_state)
@@ -431,9 +426,8 @@ def test_padding_alone_leaves_the_state_bit_equal(tiny_model, addressing):
     assert_states_equal(cached.memory_state, state)
 
 
-@every_addressing
-def test_holes_in_a_row_count_for_nothing(tiny_model, addressing):
-    model = tiny_model(addressing=addressing)
+def test_holes_in_a_row_count_for_nothing(tiny_model, memory):
+    model = tiny_model(**memory)
     tokens, mask = random_tokens(4, 31), torch.rand(4, 31) > 0.4
     mask[3] = False
     mask[3, 17] = True
@@ -446,9 +440,8 @@ def test_holes_in_a_row_count_for_nothing(tiny_model, addressing):
             assert_states_close(out.memory_state.index_select(torch.tensor([row])), alone.memory_state)
 
 
-@every_addressing
-def test_row_does_not_depend_on_its_neighbours(tiny_model, addressing):
-    model, tokens = tiny_model(addressing=addressing), random_tokens(3, 20)
+def test_row_does_not_depend_on_its_neighbours(tiny_model, memory):
+    model, tokens = tiny_model(**memory), random_tokens(3, 20)
     mask = torch.ones_like(tokens)
     mask[0, :4] = 0
     other_tokens, other_mask = random_tokens(3, 20), torch.ones_like(tokens)
@@ -472,10 +465,9 @@ def test_padding_gets_no_gradient(tiny_model):
     assert not embeds.grad[~mask.bool()].any() and embeds.grad[mask.bool()].any()
 
 
-@every_addressing
 @pytest.mark.parametrize("sizes", [[1] * 29, [5, 1, 1, 1, 9, 12], [20, 9], [8, 8, 13], [28, 1]], ids=str)
-def test_cached_passes_equal_the_uncached_one(tiny_model, addressing, sizes):
-    model, tokens = tiny_model(addressing=addressing), random_tokens(3, 29)
+def test_cached_passes_equal_the_uncached_one(tiny_model, memory, sizes):
+    model, tokens = tiny_model(**memory), random_tokens(3, 29)
     whole = model(tokens)
     logits, out = run_in_chunks(model, tokens, sizes)
     torch.testing.assert_close(logits, whole.logits)
@@ -483,10 +475,9 @@ def test_cached_passes_equal_the_uncached_one(tiny_model, addressing, sizes):
     assert isinstance(out.past_key_values, DNCGPT2Cache) and out.past_key_values.get_seq_length() == 29
 
 
-@every_addressing
 @pytest.mark.parametrize("sizes", [[1] * 29, [20] + [1] * 9, [3, 3, 3, 20], [13, 16]], ids=str)
-def test_left_padded_rows_cross_their_windows_at_different_steps(tiny_model, addressing, sizes):
-    model, lengths = tiny_model(addressing=addressing), [29, 17, 10, 1]
+def test_left_padded_rows_cross_their_windows_at_different_steps(tiny_model, memory, sizes):
+    model, lengths = tiny_model(**memory), [29, 17, 10, 1]
     tokens, mask = random_tokens(4, 29), torch.zeros(4, 29, dtype=torch.long)
     for row, length in enumerate(lengths):
         mask[row, 29 - length :] = 1
@@ -508,9 +499,8 @@ def test_cache_never_holds_more_than_a_window_between_calls(tiny_model):
     assert model(tokens, attention_mask=mask, use_cache=True).past_key_values.layers[0].keys.shape[2] <= WINDOW
 
 
-@every_addressing
-def test_cache_reorders_repeats_and_selects_rows_with_their_memory(tiny_model, addressing):
-    model, tokens = tiny_model(addressing=addressing), random_tokens(2, 13)
+def test_cache_reorders_repeats_and_selects_rows_with_their_memory(tiny_model, memory):
+    model, tokens = tiny_model(**memory), random_tokens(2, 13)
     following = random_tokens(4, 3)
 
     def cache() -> DNCGPT2Cache:
@@ -552,10 +542,9 @@ def test_empty_foreign_cache_is_replaced(tiny_model):
     assert torch.equal(out.logits, model(tokens).logits)
 
 
-@every_addressing
 @pytest.mark.parametrize("lengths", [[13, 16], [1, 8, 20], [24, 5], [3, 3, 3]], ids=str)
-def test_packed_documents_equal_separate_ones(tiny_model, addressing, lengths):
-    model, tokens = tiny_model(addressing=addressing), random_tokens(2, sum(lengths))
+def test_packed_documents_equal_separate_ones(tiny_model, memory, lengths):
+    model, tokens = tiny_model(**memory), random_tokens(2, sum(lengths))
     positions = torch.cat([torch.arange(length) for length in lengths])[None].expand(2, -1)
     separate = [model(document) for document in tokens.split(lengths, dim=1)]
     expected = torch.cat([out.logits for out in separate], 1)
@@ -566,9 +555,8 @@ def test_packed_documents_equal_separate_ones(tiny_model, addressing, lengths):
         assert_states_close(state, separate[-1].memory_state)
 
 
-@every_addressing
-def test_memory_reset_at_a_window_starts_a_new_document(tiny_model, addressing):
-    model, tokens = tiny_model(addressing=addressing), random_tokens(2, 3 * WINDOW)
+def test_memory_reset_at_a_window_starts_a_new_document(tiny_model, memory):
+    model, tokens = tiny_model(**memory), random_tokens(2, 3 * WINDOW)
     reset = torch.zeros(2, 3 * WINDOW, dtype=torch.bool)
     reset[0, WINDOW] = True
     out, without = model(tokens, memory_reset=reset), model(tokens)
@@ -580,25 +568,25 @@ def test_memory_reset_at_a_window_starts_a_new_document(tiny_model, addressing):
     assert torch.equal(out.logits[0, :WINDOW], without.logits[0, :WINDOW])
 
 
-@every_addressing
-def test_memory_reset_inside_a_window_empties_the_memory_but_not_the_attention(tiny_model, addressing):
-    model, tokens = tiny_model(addressing=addressing), random_tokens(2, 20)
+def test_memory_reset_inside_a_window_empties_the_memory_but_not_the_attention(tiny_model, memory):
+    model, tokens = tiny_model(**memory), random_tokens(2, 20)
     reset = torch.zeros(2, 20, dtype=torch.bool)
     reset[:, 11] = True
-    out = model.transformer(tokens, memory_reset=reset)
-    assert torch.equal(out.base_hidden_state, model.transformer(tokens).base_hidden_state)
+    asked = {"output_base_hidden_state": True, "output_hidden_states": True}
+    out, whole = model.transformer(tokens, memory_reset=reset, **asked), model.transformer(tokens, **asked)
+    assert torch.equal(out.base_hidden_state, whole.base_hidden_state)
+    seen = what_the_memory_sees(model, out)[:, 11:]
+    assert torch.equal(seen, what_the_memory_sees(model, whole)[:, 11:])
     second = tokens[:, 11:]
-    fresh = model.transformer.memory(out.base_hidden_state[:, 11:], model.transformer.wte(second), input_ids=second)
+    fresh = model.transformer.memory(seen, model.transformer.wte(second), input_ids=second)
     assert_states_close(out.memory_state, fresh.state)
-    torch.testing.assert_close(out.last_hidden_state[:, 11:], out.base_hidden_state[:, 11:] + fresh.hidden_states)
     chunked, _ = run_in_chunks(model, tokens, [9, 4, 7], memory_reset=reset)
     torch.testing.assert_close(chunked, model(tokens, memory_reset=reset).logits)
 
 
-@every_addressing
 @pytest.mark.parametrize("detached", [True, False])
-def test_detached_state_cuts_the_gradient_and_an_attached_one_lets_it_through(tiny_model, addressing, detached):
-    model = tiny_model(addressing=addressing)
+def test_detached_state_cuts_the_gradient_and_an_attached_one_lets_it_through(tiny_model, memory, detached):
+    model = tiny_model(**memory)
     embeds = model.transformer.wte(random_tokens(2, WINDOW)).detach().requires_grad_()
     state = model(inputs_embeds=embeds).memory_state
     second = random_tokens(2, WINDOW)
@@ -607,9 +595,8 @@ def test_detached_state_cuts_the_gradient_and_an_attached_one_lets_it_through(ti
     assert embeds.grad is None if detached else embeds.grad.abs().amax() > 0
 
 
-@every_addressing
-def test_hidden_states_end_with_the_read_added(tiny_model, addressing):
-    model, tokens = tiny_model(addressing=addressing), random_tokens(2, 20)
+def test_hidden_states_end_with_the_read_added(tiny_model, memory):
+    model, tokens = tiny_model(**memory), random_tokens(2, 20)
     out = model.transformer(tokens, output_hidden_states=True)
     assert len(out.hidden_states) == model.config.n_layer + 1
     assert all(x.shape == (2, 20, model.config.n_embd) for x in out.hidden_states)
@@ -637,7 +624,7 @@ def test_hidden_states_and_attentions_of_real_tokens_do_not_see_padding(tiny_mod
 
 
 def test_attentions_are_those_of_gpt2_within_windows_and_zero_between(tiny_model):
-    model, tokens = tiny_model(), random_tokens(2, 20)
+    model, tokens = silent(tiny_model()), random_tokens(2, 20)
     model.set_attn_implementation("eager")
     gpt2 = plain_gpt2(model)
     attentions = model(tokens, output_attentions=True).attentions
@@ -652,10 +639,9 @@ def test_attentions_are_those_of_gpt2_within_windows_and_zero_between(tiny_model
         torch.testing.assert_close(attention, inside)
 
 
-@every_addressing
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_weights_run_and_the_state_is_float32(tiny_config, addressing, dtype):
-    model = DNCGPT2LMHeadModel(tiny_config(addressing=addressing)).to(dtype).eval()
+def test_half_precision_weights_run_and_the_state_is_float32(tiny_config, memory, dtype):
+    model = DNCGPT2LMHeadModel(tiny_config(**memory)).to(dtype).eval()
     tokens = random_tokens(2, 20)
     out = model(tokens, labels=tokens, use_cache=True)
     following = model(random_tokens(2, 3), past_key_values=out.past_key_values, use_cache=True)
@@ -668,16 +654,14 @@ def test_half_precision_weights_run_and_the_state_is_float32(tiny_config, addres
     assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
 
 
-@every_addressing
-def test_every_parameter_gets_a_gradient(tiny_model, addressing):
-    model, tokens = tiny_model(addressing=addressing), random_tokens(2, 3 * WINDOW)
+def test_every_parameter_gets_a_gradient(tiny_model, memory):
+    model, tokens = tiny_model(**memory), random_tokens(2, 3 * WINDOW)
     model(tokens, labels=tokens).loss.backward()
     assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
 
 
-@every_addressing
-def test_gradient_checkpointing_gives_the_same_gradients(tiny_model, addressing):
-    model, tokens = tiny_model(addressing=addressing).train(), random_tokens(2, 20)
+def test_gradient_checkpointing_gives_the_same_gradients(tiny_model, memory):
+    model, tokens = tiny_model(**memory).train(), random_tokens(2, 20)
 
     def gradients() -> dict[str, Tensor]:
         model.zero_grad()
