@@ -123,7 +123,7 @@ def origin_trainer(
     folder: str, sizes: Sizes, options: Mapping[str, Any] | None = None, **arguments: Any
 ) -> OriginTrainer:
     """As `dnc_trainer`, of a new model of the origin's with the weights that ours starts with."""
-    config = sizes.config(**{"addressing": "simplified", **(options or {})})
+    config = sizes.config(**{"addressing": "simplified", "memory_layer": sizes.n_layer, **(options or {})})
     models = new_models(config, ["baseline", "dnc"], seed=0)
     model = OriginModel(models["baseline"], config)
     model.memory.load_state_dict(models["dnc"].transformer.memory.state_dict())

@@ -84,8 +84,10 @@ def opponent_model(
         seed, pretrained: as for `new_models`.
     """
     if name in ("simplified", "dnc"):
-        # Both look at whole rows; every other field of the memory stays.
+        # Both look at whole rows; every other field of the memory stays, but that the origin's is read at the top.
         kind, changes = "dnc", {"addressing": name, "address_width": None, "pointer_weight": 0.0}
+        if name == "simplified":
+            changes["memory_layer"] = config.n_layer
     else:
         kind = "baseline"
         changes = {"n_positions": example_length} if name == "long_window" else widened_sizes(config, parameters)

@@ -90,6 +90,7 @@ def build(task: Task, name: str, seed: int) -> PreTrainedModel:
         vocab_size=TASK_VOCABULARY,
         n_positions=task.window,
         n_layer=task.layers,
+        memory_layer=task.layers,  # a DNC reads into its output
         addressing="dnc",
         mem_slots=task.slots,
         mem_width=task.width,

@@ -49,6 +49,7 @@ OPEN = 30.0  # the logit of a gate that is open and, its gradient being nothing,
 MODELS: dict[str, dict[str, Any]] = {
     "gpt2": {"model": "baseline"},
     **{f"lru-{slots}": {"mem_slots": slots} for slots in (64, 256, 1024)},
+    **{f"lru-{slots}-on-top": {"mem_slots": slots, "memory_layer": 3} for slots in (64, 256, 1024)},
     **{f"lru-{slots}-no-pointer": {"mem_slots": slots, "pointer_weight": 0.0} for slots in (64, 256, 1024)},
     "lru-64-no-token": {"mem_slots": 64, "address_token": False},
     "lru-64-no-shift": {"mem_slots": 64, "token_shift": False},
@@ -65,7 +66,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "widened": {"model": "baseline", "hidden_size": 140},  # 1,293,740 parameters; those with memory have 1,259,911
     "long-window": {"model": "baseline", "seq_len": 256, "windows_per_example": 1},
     "dnc-64": {"mem_slots": 64, "addressing": "dnc", "address_width": None},
-    "simplified-64": {"mem_slots": 64, "addressing": "simplified", "address_width": None},
+    "simplified-64": {"mem_slots": 64, "addressing": "simplified", "address_width": None, "memory_layer": 3},
 }
 """Name -> options of train.py beside those of `SETTING`; `None` leaves one of those out."""
 CACHES = {f"cache-{entries}": (f"lru-{entries}", "neural_cache") for entries in (64, 256, 1024)}
