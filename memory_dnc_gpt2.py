@@ -296,7 +296,7 @@ def recurrence(interface: MemoryInterface, state: MemoryState, config: DNCGPT2Co
 class MemoryOutput(NamedTuple):
     """What `DNCMemory` returns."""
 
-    hidden_states: Tensor  # [B, T, H], to be added to the final hidden states
+    hidden_states: Tensor  # [B, T, H], what was read, to be added to the hidden states
     write_gates: Tensor  # [B, T]
     write_weights: Tensor  # [B, T, N]
     read_weights: Tensor  # [B, T, R, N]
@@ -407,7 +407,7 @@ class DNCMemory(nn.Module):
         """Write and read once a token.
 
         Args:
-            hidden_states: the backbone's final hidden states [B, T, H].
+            hidden_states: the backbone's [B, T, H] where the memory lies, after its last norm.
             token_embeddings: embeddings of the tokens without position [B, T, H].
             state: the state before the first token; `None` is an empty memory.
             mask: [B, T] bool, real tokens; the others leave the state bit-equal and read zero.

@@ -26,6 +26,7 @@ PARTS = (
     "cache",
     "masks",
     "memory",
+    "stack",
     "losses",
     "inputs",
     "pointer",
