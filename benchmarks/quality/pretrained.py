@@ -54,11 +54,13 @@ UNCHANGED = 1e-5
 
 def pretrained(seed: int, options: Namespace) -> Path:
     """The checkpoint of GPT-2, trained unless it is there."""
-    given = {"train_file": options.train_file, "validation_file": options.validation_file}
-    steps = options.pretraining_steps
-    return real_text.train(
-        "gpt2", seed, Namespace(folder=options.pretrained_folder, steps=steps, eval_steps=None, **given)
-    )
+    given = {
+        "train_file": options.train_file,
+        "validation_file": options.validation_file,
+        "steps": options.pretraining_steps,
+    }
+    given |= {"folder": options.pretrained_folder, "eval_steps": None, "memory_layer": None}
+    return real_text.train("gpt2", seed, Namespace(**given))
 
 
 def attach(backbone: Path, folder: Path) -> None:

@@ -49,7 +49,6 @@ OPEN = 30.0  # the logit of a gate that is open and, its gradient being nothing,
 MODELS: dict[str, dict[str, Any]] = {
     "gpt2": {"model": "baseline"},
     **{f"lru-{slots}": {"mem_slots": slots} for slots in (64, 256, 1024)},
-    **{f"lru-{slots}-on-top": {"mem_slots": slots, "memory_layer": 3} for slots in (64, 256, 1024)},
     **{f"lru-{slots}-no-pointer": {"mem_slots": slots, "pointer_weight": 0.0} for slots in (64, 256, 1024)},
     "lru-64-no-token": {"mem_slots": 64, "address_token": False},
     "lru-64-no-shift": {"mem_slots": 64, "token_shift": False},
@@ -102,6 +101,8 @@ def train(name: str, seed: int, options: argparse.Namespace) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         data = {"train_file": options.train_file, "validation_file": options.validation_file}
         given = {"seed": seed, "max_steps": options.steps, "output_dir": folder, "overwrite_output_dir": True}
+        if options.memory_layer:
+            given["memory_layer"] = options.memory_layer
         if options.eval_steps:
             given |= {"eval_strategy": "steps", "eval_steps": options.eval_steps}
         run("train.py", command_options({**SETTING, **changes, **data, **given}), folder / "log.txt")
@@ -164,6 +165,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--eval_steps", type=int, help="score trained models every so many steps, too, and name the best (own --folder)"
     )
+    parser.add_argument("--memory_layer", type=int, help="layers below the memory (own --folder); 3 is the top")
     parser.add_argument(
         "--folder", type=Path, default=Path("runs/quality/real_text"), help="what is finished lies here"
     )
