@@ -21,7 +21,7 @@ class DNCGPT2Config(GPT2Config):
         num_reads: number of read heads R.
         memory_layer: number of blocks below the memory, 1 to `n_layer`. Below a block, what is read is added to the
             hidden states that it and those above attend to; at `n_layer`, to the final ones. `None` means half of
-            them, rounded up.
+            them, rounded up; a plain GPT-2 checkpoint is given a memory on top.
         addressing: `"lru"` (least-recently-used allocation over rows of an address and a value, the default),
             `"dnc"` (Graves et al. 2016) or `"simplified"` (softmax allocation without free gates).
         address_width: leading columns of a row that content addressing looks at (`"lru"` only; the others look at
@@ -85,13 +85,17 @@ class DNCGPT2Config(GPT2Config):
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
         """As in transformers; a plain GPT-2 checkpoint is given a memory that leaves its logits as they are."""
         config, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        # Blocks that have learned without a memory gain no less from one on top. And there it lay in every checkpoint
+        # that was saved before the layer was.
+        layers = {"n_layer": cls.n_layer, **config, **kwargs}
+        on_top = {"memory_layer": layers.get("num_hidden_layers", layers["n_layer"])}
         if config.get("model_type") == GPT2Config.model_type:
             # A backbone that has learned may give all tokens large logits of one sign, which would saturate the gate.
             start = {"read_projection_init": "zero", "surprise_weight": 0.0}
-            config = {**config, "model_type": cls.model_type, **start}
+            config = {**config, "model_type": cls.model_type, **start, **on_top}
             config.pop("architectures", None)
         elif config.get("model_type") == cls.model_type:
-            config.setdefault("memory_layer", config.get("n_layer"))  # saved when all memories lay at the top
+            config = {**on_top, **config}
         return config, kwargs
 
     @classmethod

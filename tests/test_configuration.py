@@ -234,6 +234,18 @@ def test_saved_config_from_before_memory_layers_keeps_its_memory_on_top(tmp_path
     assert DNCGPT2Config.from_pretrained(tmp_path).blocks_below_memory == 4
 
 
+@pytest.mark.parametrize("options", [{"n_layer": 3}, {"num_hidden_layers": 3}, {}], ids=str)
+def test_plain_gpt2_checkpoint_is_given_a_memory_on_top(tmp_path, options):
+    GPT2Config(n_layer=4).save_pretrained(tmp_path)
+    assert DNCGPT2Config.from_pretrained(tmp_path, **options).blocks_below_memory == (3 if options else 4)
+    assert DNCGPT2Config.from_pretrained(tmp_path, memory_layer=2, **options).blocks_below_memory == 2
+    path = tmp_path / "config.json"
+    saved = json.loads(path.read_text())
+    del saved["n_layer"]
+    path.write_text(json.dumps(saved))
+    assert DNCGPT2Config.from_pretrained(tmp_path).blocks_below_memory == GPT2Config().n_layer
+
+
 OTHERS = {
     "n_embd": 48,
     "n_layer": 3,

@@ -96,6 +96,7 @@ def gpt2_folder(tiny_config, tmp_path):
     "options",
     [
         {},
+        {"memory_layer": 1},
         {"addressing": "lru", "mem_slots": 5, "mem_width": 6, "address_width": 2, "num_reads": 1},
         {"addressing": "dnc", "mem_slots": 5, "mem_width": 6, "temporal_links": False, "masked_content": True},
         {"addressing": "dnc", "sharpen_links": True},

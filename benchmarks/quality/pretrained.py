@@ -34,6 +34,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "attached": {},
     "frozen": FROZEN,
     "unfrozen": {},
+    "frozen-mid-stack": {**FROZEN, "memory_layer": 2},
+    "unfrozen-mid-stack": {"memory_layer": 2},
     "frozen-5e-4": {**FROZEN, "learning_rate": 5e-4},
     "frozen-1e-2": {**FROZEN, "learning_rate": 1e-2},
     "frozen-transpose": {**FROZEN, "read_projection_init": "transpose"},
