@@ -59,9 +59,10 @@ def pretrained(seed: int, options: Namespace) -> Path:
     given = {
         "train_file": options.train_file,
         "validation_file": options.validation_file,
+        "folder": options.pretrained_folder,
         "steps": options.pretraining_steps,
+        "eval_steps": None,
     }
-    given |= {"folder": options.pretrained_folder, "eval_steps": None, "memory_layer": None}
     return real_text.train("gpt2", seed, Namespace(**given))
 
 

@@ -65,9 +65,14 @@ MODELS: dict[str, dict[str, Any]] = {
     "widened": {"model": "baseline", "hidden_size": 140},  # 1,293,740 parameters; those with memory have 1,259,911
     "long-window": {"model": "baseline", "seq_len": 256, "windows_per_example": 1},
     "dnc-64": {"mem_slots": 64, "addressing": "dnc", "address_width": None},
-    "simplified-64": {"mem_slots": 64, "addressing": "simplified", "address_width": None, "memory_layer": 3},
+    "simplified-64": {"mem_slots": 64, "addressing": "simplified", "address_width": None},
 }
 """Name -> options of train.py beside those of `SETTING`; `None` leaves one of those out."""
+MODELS |= {
+    f"{name}-on-top": {**options, "memory_layer": SETTING["num_layers"]}
+    for name, options in MODELS.items()
+    if "mem_slots" in options
+}
 CACHES = {f"cache-{entries}": (f"lru-{entries}", "neural_cache") for entries in (64, 256, 1024)}
 SCORED = {**CACHES, "overlapping": ("lru-64", "overlapping")}
 """Another way to score GPT-2 -> the model beside which compare.py does (a cache has its slots); its name there."""
@@ -101,8 +106,6 @@ def train(name: str, seed: int, options: argparse.Namespace) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         data = {"train_file": options.train_file, "validation_file": options.validation_file}
         given = {"seed": seed, "max_steps": options.steps, "output_dir": folder, "overwrite_output_dir": True}
-        if options.memory_layer:
-            given["memory_layer"] = options.memory_layer
         if options.eval_steps:
             given |= {"eval_strategy": "steps", "eval_steps": options.eval_steps}
         run("train.py", command_options({**SETTING, **changes, **data, **given}), folder / "log.txt")
@@ -165,7 +168,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--eval_steps", type=int, help="score trained models every so many steps, too, and name the best (own --folder)"
     )
-    parser.add_argument("--memory_layer", type=int, help="layers below the memory (own --folder); 3 is the top")
     parser.add_argument(
         "--folder", type=Path, default=Path("runs/quality/real_text"), help="what is finished lies here"
     )

@@ -68,6 +68,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "lru-32-no-threshold": {"write_threshold": 0.0},
     "lru-32-no-decay": {"usage_decay": 1.0},
 }
+MODELS |= {f"{name}-on-top": {**options, "memory_layer": SETTING["n_layer"]} for name, options in MODELS.items()}
 """Name -> options of the configuration beside those of `SETTING`."""
 PANELS = {"Recall": "recall", "Share of a fact's row left": "row_left", "Facts overwritten": "overwritten"}
 GIVEN_UP = 0.1  # a recall below which a model is not taken any farther
