@@ -181,7 +181,8 @@ def titans(heads: int = 2) -> System:
 SYSTEMS: dict[str, Callable[[], System]] = {
     "gpt2": gpt2,
     "lru": lambda: with_memory(write_gate_bias=-2.0),
-    "dnc": lambda: with_memory(addressing="dnc", temporal_links=False),
+    "lru-on-top": lambda: with_memory(write_gate_bias=-2.0, memory_layer=LAYERS),
+    "dnc-on-top": lambda: with_memory(addressing="dnc", temporal_links=False, memory_layer=LAYERS),
     "mamba": mamba,
     "rmt": recurrent_memory_transformer,
     "titans": titans,
