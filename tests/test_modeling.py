@@ -269,7 +269,7 @@ def test_loss_is_the_sum_divided_by_num_items_in_batch(tiny_model, make):
     torch.testing.assert_close(out.loss, mean * (2 * 19 / 100))
 
 
-def test_base_logits_are_those_of_the_same_hidden_states_without_the_read(tiny_model, memory):
+def test_base_logits_are_those_of_the_backbone_without_any_read(tiny_model, memory):
     model, tokens = tiny_model(**memory), random_tokens(2, 20)
     out = model(tokens, output_base_logits=True)
     assert not torch.allclose(out.logits, out.base_logits)
