@@ -11,6 +11,10 @@ back over them. Orders of usage come from the forward pass. That one is compiled
 usage is rounded as in the eager recurrence and near ties fall alike. All sums are of elementwise products in the
 tensors' own precision: nothing is rounded to TF32.
 
+Where nothing written depends on what was read ("lru" without refreshing reads), training leaves the reads to kernels of
+their own (`Sizes.reads_apart`), which take all chunks at once: the scan itself is then a chain of writes alone, and the
+backward chain adds to the memory's gradient what the reads' kernel found.
+
 Global memory carries values between threads: what one statement stores, another may read only after a barrier, and
 what one reads, another may overwrite only after a barrier. Whoever stores such values puts the barriers.
 
@@ -74,6 +78,7 @@ class Sizes(NamedTuple):
     sharpened: bool
     masked: bool
     training: bool
+    reads_apart: bool
     epsilon: float
     warps: int
 
@@ -241,11 +246,13 @@ def content_weights(memory, rows, key_at, mask_at, strength, inverse, S: tl.cons
 
 
 @part
-def content_backward(
-    memory, rows, key_at, mask_at, strength, inverse, weights, d_weights, d_memory, d_rows, d_key_at, d_mask_at,
-    S: tl.constexpr,
-):  # fmt: skip
-    """Backward of `content_weights`: stores the gradients of key and mask, returns d_memory and that of strength."""
+def content_gradients(
+    memory, rows, key_at, mask_at, strength, inverse, weights, d_weights, d_key_at, d_mask_at, S: tl.constexpr
+):
+    """Backward of `content_weights` but for the memory: stores the gradients of key and mask.
+
+    Returns: the gradients of the products of key and rows [N], of the rows' squared norms [N] and of the strength.
+    """
     dots, inverse, length = similarity(memory, rows, key_at, mask_at, inverse, S)
     d_scores = softmax_backward(weights, d_weights)
     cosines = inverse * dots * length
@@ -257,24 +264,48 @@ def content_backward(
     for start in range(0, S.address, S.columns):
         if S.streamed:
             memory = load_tile(rows, start, S.width, S.columns, S)
-            d_memory = load_tile(d_rows, start, S.width, S.columns, S)
         key = load_vector(key_at, start, S.address, S.columns)
-        inside = ((start + tl.arange(0, S.columns)) < S.address).to(memory.dtype)
         pulled = tl.sum(memory * d_dots[:, None], 0)
         d_key = pulled + 2.0 * key * d_key_square
         if S.masked:
             mask = load_vector(mask_at, start, S.address, S.columns)
             d_square = pulled * key + d_key_square * key * key + tl.sum(memory * memory * d_squares[:, None], 0)
             store_vector(d_mask_at, start, S.address, 2.0 * mask * d_square, S.columns)
-            inside = mask * mask
-            d_key = inside * d_key
+            d_key = mask * mask * d_key
         store_vector(d_key_at, start, S.address, d_key, S.columns)
+    return d_dots, d_squares, d_strength
+
+
+@part
+def add_content_gradient(memory, rows, key_at, mask_at, d_dots, d_squares, d_memory, d_rows, S: tl.constexpr):
+    """d_memory and what products of key and rows, and the rows' squared norms, pass on to it."""
+    for start in range(0, S.address, S.columns):
+        if S.streamed:
+            memory = load_tile(rows, start, S.width, S.columns, S)
+            d_memory = load_tile(d_rows, start, S.width, S.columns, S)
+        key = load_vector(key_at, start, S.address, S.columns)
+        inside = ((start + tl.arange(0, S.columns)) < S.address).to(memory.dtype)
+        if S.masked:
+            mask = load_vector(mask_at, start, S.address, S.columns)
+            inside = mask * mask
         d_memory += d_dots[:, None] * (inside * key)[None, :] + 2.0 * d_squares[:, None] * inside[None, :] * memory
         if S.streamed:
             store_tile(d_rows, start, S.width, d_memory, S.columns, S)
     if S.streamed:
         tl.debug_barrier()
-    return d_memory, d_strength
+    return d_memory
+
+
+@part
+def content_backward(
+    memory, rows, key_at, mask_at, strength, inverse, weights, d_weights, d_memory, d_rows, d_key_at, d_mask_at,
+    S: tl.constexpr,
+):  # fmt: skip
+    """Backward of `content_weights`: stores the gradients of key and mask, returns d_memory and that of strength."""
+    d_dots, d_squares, d_strength = content_gradients(
+        memory, rows, key_at, mask_at, strength, inverse, weights, d_weights, d_key_at, d_mask_at, S
+    )
+    return add_content_gradient(memory, rows, key_at, mask_at, d_dots, d_squares, d_memory, d_rows, S), d_strength
 
 
 @part
@@ -339,6 +370,13 @@ def first_block(S: tl.constexpr):
 
 
 @part
+def load_reads(reads_at, start, S: tl.constexpr):
+    """What goes with a block of the memory's columns of a read or its gradient, zero outside of the value columns."""
+    place = start + tl.arange(0, S.columns) - (S.width - S.values)
+    return tl.load(reads_at + place, mask=(place >= 0) & (place < S.values), other=0.0)
+
+
+@part
 def read_rows(memory, rows, weights, reads_at, S: tl.constexpr):
     """Store sum_n weights[n] rows[n] over the value columns."""
     for start in range(first_block(S), S.width, S.columns):
@@ -350,22 +388,28 @@ def read_rows(memory, rows, weights, reads_at, S: tl.constexpr):
 
 
 @part
-def read_rows_backward(memory, rows, weights, d_reads_at, d_memory, d_rows, S: tl.constexpr):
-    """Returns d_memory and the gradient of the weights [N]."""
+def read_rows_gradient(memory, rows, d_reads_at, S: tl.constexpr):
+    """Gradient of the weights [N] of `read_rows`."""
     d_weights = zeros(S.slot_block, memory.dtype)
     for start in range(first_block(S), S.width, S.columns):
         if S.streamed:
             memory = load_tile(rows, start, S.width, S.columns, S)
+        d_weights += tl.sum(memory * load_reads(d_reads_at, start, S)[None, :], 1)
+    return d_weights
+
+
+@part
+def add_read_gradient(weights, d_reads_at, d_memory, d_rows, S: tl.constexpr):
+    """d_memory and what `read_rows` passes on to it."""
+    for start in range(first_block(S), S.width, S.columns):
+        if S.streamed:
             d_memory = load_tile(d_rows, start, S.width, S.columns, S)
-        place = start + tl.arange(0, S.columns) - (S.width - S.values)
-        d_reads = tl.load(d_reads_at + place, mask=(place >= 0) & (place < S.values), other=0.0)
-        d_weights += tl.sum(memory * d_reads[None, :], 1)
-        d_memory += weights[:, None] * d_reads[None, :]
+        d_memory += weights[:, None] * load_reads(d_reads_at, start, S)[None, :]
         if S.streamed:
             store_tile(d_rows, start, S.width, d_memory, S.columns, S)
     if S.streamed:
         tl.debug_barrier()
-    return d_memory, d_weights
+    return d_memory
 
 
 @part
@@ -710,31 +754,34 @@ def forward_kernel(x, state, outputs, saved, checkpoints, scratch, tokens, chunk
                     store_slots(precedence_at, precedence, S)
                 link = update_link(link, link_at, link_at, weights, weights_at, precedence, precedence_at, S)
                 precedence = update_precedence(precedence, weights)
-            tl.debug_barrier()
-            for r in range(S.heads):
-                k = i * S.heads + r
-                if S.addressing == "simplified":
-                    read = load_slots(read_at + r * S.slots, S)
-                else:
-                    read = content_weights(
-                        memory, rows, x.read_keys + k * S.address, x.read_masks + k * S.width,
-                        tl.load(x.read_strengths + k), inverse, S,
-                    )  # fmt: skip
-                    if S.links:
-                        if S.training:
-                            store_slots(saved.read_content + k * S.slots, read, S)
-                        old = load_slots(read_at + r * S.slots, S)
-                        backward, forward = follow_links(link, link_at, old, read_at + r * S.slots, scratch, S)
-                        if S.sharpened:
-                            backward = sharpen(backward, tl.load(x.link_sharpness + k * 2))
-                            forward = sharpen(forward, tl.load(x.link_sharpness + k * 2 + 1))
-                        modes = x.read_modes + k * 3
-                        read = tl.load(modes) * backward + tl.load(modes + 1) * read + tl.load(modes + 2) * forward
-                    tl.debug_barrier()
-                    store_slots(read_at + r * S.slots, read, S)
-                store_slots(outputs.read_weights + k * S.slots, read, S)
-                read_rows(memory, rows, read, outputs.reads + k * S.values, S)
-            tl.debug_barrier()
+            if not S.reads_apart:
+                tl.debug_barrier()
+                for r in range(S.heads):
+                    k = i * S.heads + r
+                    if S.addressing == "simplified":
+                        read = load_slots(read_at + r * S.slots, S)
+                    else:
+                        read = content_weights(
+                            memory, rows, x.read_keys + k * S.address, x.read_masks + k * S.width,
+                            tl.load(x.read_strengths + k), inverse, S,
+                        )  # fmt: skip
+                        if S.links:
+                            if S.training:
+                                store_slots(saved.read_content + k * S.slots, read, S)
+                            old = load_slots(read_at + r * S.slots, S)
+                            backward, forward = follow_links(link, link_at, old, read_at + r * S.slots, scratch, S)
+                            if S.sharpened:
+                                backward = sharpen(backward, tl.load(x.link_sharpness + k * 2))
+                                forward = sharpen(forward, tl.load(x.link_sharpness + k * 2 + 1))
+                            modes = x.read_modes + k * 3
+                            read = tl.load(modes + 1) * read
+                            read += tl.load(modes) * backward + tl.load(modes + 2) * forward
+                        tl.debug_barrier()
+                        store_slots(read_at + r * S.slots, read, S)
+                    store_slots(outputs.read_weights + k * S.slots, read, S)
+                    read_rows(memory, rows, read, outputs.reads + k * S.values, S)
+                tl.debug_barrier()
+    tl.debug_barrier()
     if not S.streamed:
         store_tile(rows, 0, S.width, memory, S.columns, S)
     store_slots(usage_at, usage, S)
@@ -743,6 +790,83 @@ def forward_kernel(x, state, outputs, saved, checkpoints, scratch, tokens, chunk
         if not S.pairs_streamed:
             store_tile(link_at, 0, S.slots, link, S.pair_columns, S)
         store_slots(precedence_at, precedence, S)
+
+
+@part
+def reopen(checkpoints, working, kept, S: tl.constexpr):
+    """The memory of a checkpoint, and where it lies, copied, if it is streamed."""
+    rows = working + kept * S.slots * S.width
+    kept_rows = checkpoints.memory + kept * S.slots * S.width
+    memory = load_tile(kept_rows, 0, S.width, S.columns, S)
+    if S.streamed:
+        save_tile(memory, kept_rows, rows, S.width, S.columns, S.streamed, S)
+        tl.debug_barrier()
+    return memory, rows
+
+
+@part
+def rewrite(memory, rows, x, outputs, i, S: tl.constexpr):
+    """The memory after token i, from that before it and the write weights."""
+    if tl.load(x.reset + i):
+        memory = clear_tile(memory, rows, S.width, S.columns, S.streamed, S)
+    if tl.load(x.mask + i):
+        weights = load_slots(outputs.write_weights + i * S.slots, S)
+        memory = write(
+            memory, rows, rows, weights, weights, x.erase_vectors + i * S.width, x.write_vectors + i * S.width, S
+        )
+    return memory
+
+
+@kernel
+def read_kernel(x, outputs, checkpoints, working, tokens, chunk, S: tl.constexpr):
+    """The reads of chunk `program_id(1)` of batch row `program_id(0)`, all written before.
+
+    `working` has room for the memory of every program where rows are streamed.
+    """
+    b, c = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    memory, rows = reopen(checkpoints, working, b * tl.num_programs(1) + c, S)
+    for t in range(c * chunk, tl.minimum((c + 1) * chunk, tokens)):
+        i = b * tokens + t
+        memory = rewrite(memory, rows, x, outputs, i, S)
+        if tl.load(x.mask + i):
+            inverse = inverse_norms(memory, rows, S)
+            for r in range(S.heads):
+                k = i * S.heads + r
+                read = content_weights(
+                    memory, rows, x.read_keys + k * S.address, x.read_masks, tl.load(x.read_strengths + k), inverse, S
+                )
+                store_slots(outputs.read_weights + k * S.slots, read, S)
+                read_rows(memory, rows, read, outputs.reads + k * S.values, S)
+
+
+@kernel
+def read_backward_kernel(
+    x, outputs, checkpoints, working, d_outputs, d_x, d_dots, d_squares, tokens, chunk, S: tl.constexpr
+):
+    """Backward of `read_kernel` but for the memory.
+
+    What is left to `add_content_gradient` are the gradients of the products of read keys and rows, `d_dots`
+    [B, T, R, N], and of the rows' squared norms, `d_squares` [B, T, R, N].
+    """
+    b, c = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    memory, rows = reopen(checkpoints, working, b * tl.num_programs(1) + c, S)
+    for t in range(c * chunk, tl.minimum((c + 1) * chunk, tokens)):
+        i = b * tokens + t
+        memory = rewrite(memory, rows, x, outputs, i, S)
+        if tl.load(x.mask + i):
+            inverse = inverse_norms(memory, rows, S)
+            for r in range(S.heads):
+                k = i * S.heads + r
+                d_read = load_slots(d_outputs.read_weights + k * S.slots, S)
+                d_read += read_rows_gradient(memory, rows, d_outputs.reads + k * S.values, S)
+                of_dots, of_squares, d_strength = content_gradients(
+                    memory, rows, x.read_keys + k * S.address, x.read_masks, tl.load(x.read_strengths + k), inverse,
+                    load_slots(outputs.read_weights + k * S.slots, S), d_read, d_x.read_keys + k * S.address,
+                    d_x.read_masks, S,
+                )  # fmt: skip
+                store_slots(d_dots + k * S.slots, of_dots, S)
+                store_slots(d_squares + k * S.slots, of_squares, S)
+                tl.store(d_x.read_strengths + k, d_strength)
 
 
 @part
@@ -813,11 +937,13 @@ def replay(x, outputs, checkpoints, states, b, first, last, tokens, chunk, S: tl
 
 @kernel
 def backward_kernel(
-    x, outputs, saved, checkpoints, states, d_outputs, d_state, d_x, scratch, tokens, chunk, S: tl.constexpr
-):
+    x, outputs, saved, checkpoints, states, d_outputs, d_state, d_x, d_dots, d_squares, scratch, tokens, chunk,
+    S: tl.constexpr,
+):  # fmt: skip
     """Backward of `forward_kernel`: `d_state` becomes the initial state's gradient, d_x (zero before) is written.
 
-    `states` has room for chunk + 1 states a batch row; `scratch` [B, 2, N] is working space.
+    `states` has room for chunk + 1 states a batch row; `scratch` [B, 2, N] is working space. `d_dots` and `d_squares`
+    are from `read_backward_kernel` where reads run apart.
     """
     b = tl.program_id(0).to(tl.int64)
     scratch += b * 2 * S.slots
@@ -850,7 +976,6 @@ def backward_kernel(
                     retained = retention(x.free_gates + i * S.heads, old_read_at, weights, S)
                 before = load_tile(rows, 0, S.width, S.columns, S)
                 after = write(before, rows, after_rows, retained, written, erase_at, vector_at, S)
-                inverse = inverse_norms(after, after_rows, S)
                 if S.links:
                     written_at = outputs.write_weights + i * S.slots
                     link, precedence = load_tile(link_at, 0, S.slots, S.pair_columns, S), load_slots(precedence_at, S)
@@ -858,53 +983,65 @@ def backward_kernel(
                         link, link_at, new_link_at, weights, written_at, precedence, precedence_at, S
                     )
 
-                for r in range(S.heads):
-                    k = i * S.heads + r
-                    read = load_slots(outputs.read_weights + k * S.slots, S)
-                    d_read = load_slots(d_outputs.read_weights + k * S.slots, S)
-                    d_read += load_slots(d_read_at + r * S.slots, S)
-                    d_memory, d_by_read = read_rows_backward(
-                        after, after_rows, read, d_outputs.reads + k * S.values, d_memory, d_rows, S
-                    )
-                    d_read += d_by_read
-                    d_old = d_read  # "simplified": kept until the content is walked back through
-                    if S.addressing != "simplified":
-                        d_old = tl.zeros_like(d_read)
-                        if S.links:
-                            read = load_slots(saved.read_content + k * S.slots, S)
-                            old, old_at = load_slots(old_read_at + r * S.slots, S), old_read_at + r * S.slots
-                            raw_backward, raw_forward = follow_links(new_link, new_link_at, old, old_at, scratch, S)
-                            backward, forward = raw_backward, raw_forward
-                            if S.sharpened:
-                                sharpness = x.link_sharpness + k * 2
-                                backward = sharpen(raw_backward, tl.load(sharpness))
-                                forward = sharpen(raw_forward, tl.load(sharpness + 1))
-                            tl.store(d_x.read_modes + k * 3, tl.sum(d_read * backward, 0))
-                            tl.store(d_x.read_modes + k * 3 + 1, tl.sum(d_read * read, 0))
-                            tl.store(d_x.read_modes + k * 3 + 2, tl.sum(d_read * forward, 0))
-                            modes = x.read_modes + k * 3
-                            d_backward, d_forward = tl.load(modes) * d_read, tl.load(modes + 2) * d_read
-                            d_read = tl.load(modes + 1) * d_read
-                            if S.sharpened:
-                                d_backward, d_sharpness = sharpen_backward(
-                                    raw_backward, tl.load(sharpness), backward, d_backward
-                                )
-                                tl.store(d_x.link_sharpness + k * 2, d_sharpness)
-                                d_forward, d_sharpness = sharpen_backward(
-                                    raw_forward, tl.load(sharpness + 1), forward, d_forward
-                                )
-                                tl.store(d_x.link_sharpness + k * 2 + 1, d_sharpness)
-                            d_link, d_old = follow_links_backward(
-                                new_link, new_link_at, old, old_at, d_backward, d_forward, d_link, d_link_at, scratch, S
-                            )
-                        d_memory, d_strength = content_backward(
-                            after, after_rows, x.read_keys + k * S.address, x.read_masks + k * S.width,
-                            tl.load(x.read_strengths + k), inverse, read, d_read, d_memory, d_rows,
-                            d_x.read_keys + k * S.address, d_x.read_masks + k * S.width, S,
+                if S.reads_apart:
+                    for r in range(S.heads):
+                        k = i * S.heads + r
+                        read = load_slots(outputs.read_weights + k * S.slots, S)
+                        d_memory = add_read_gradient(read, d_outputs.reads + k * S.values, d_memory, d_rows, S)
+                        d_memory = add_content_gradient(
+                            after, after_rows, x.read_keys + k * S.address, x.read_masks,
+                            load_slots(d_dots + k * S.slots, S), load_slots(d_squares + k * S.slots, S), d_memory,
+                            d_rows, S,
                         )  # fmt: skip
-                        tl.store(d_x.read_strengths + k, d_strength)
-                    tl.debug_barrier()
-                    store_slots(d_read_at + r * S.slots, d_old, S)
+                else:
+                    inverse = inverse_norms(after, after_rows, S)
+                    for r in range(S.heads):
+                        k = i * S.heads + r
+                        read = load_slots(outputs.read_weights + k * S.slots, S)
+                        d_read = load_slots(d_outputs.read_weights + k * S.slots, S)
+                        d_read += load_slots(d_read_at + r * S.slots, S)
+                        d_reads_at = d_outputs.reads + k * S.values
+                        d_read += read_rows_gradient(after, after_rows, d_reads_at, S)
+                        d_memory = add_read_gradient(read, d_reads_at, d_memory, d_rows, S)
+                        d_old = d_read  # "simplified": kept until the content is walked back through
+                        if S.addressing != "simplified":
+                            d_old = tl.zeros_like(d_read)
+                            if S.links:
+                                read = load_slots(saved.read_content + k * S.slots, S)
+                                old, old_at = load_slots(old_read_at + r * S.slots, S), old_read_at + r * S.slots
+                                raw_backward, raw_forward = follow_links(new_link, new_link_at, old, old_at, scratch, S)
+                                backward, forward = raw_backward, raw_forward
+                                if S.sharpened:
+                                    sharpness = x.link_sharpness + k * 2
+                                    backward = sharpen(raw_backward, tl.load(sharpness))
+                                    forward = sharpen(raw_forward, tl.load(sharpness + 1))
+                                tl.store(d_x.read_modes + k * 3, tl.sum(d_read * backward, 0))
+                                tl.store(d_x.read_modes + k * 3 + 1, tl.sum(d_read * read, 0))
+                                tl.store(d_x.read_modes + k * 3 + 2, tl.sum(d_read * forward, 0))
+                                modes = x.read_modes + k * 3
+                                d_backward, d_forward = tl.load(modes) * d_read, tl.load(modes + 2) * d_read
+                                d_read = tl.load(modes + 1) * d_read
+                                if S.sharpened:
+                                    d_backward, d_sharpness = sharpen_backward(
+                                        raw_backward, tl.load(sharpness), backward, d_backward
+                                    )
+                                    tl.store(d_x.link_sharpness + k * 2, d_sharpness)
+                                    d_forward, d_sharpness = sharpen_backward(
+                                        raw_forward, tl.load(sharpness + 1), forward, d_forward
+                                    )
+                                    tl.store(d_x.link_sharpness + k * 2 + 1, d_sharpness)
+                                d_link, d_old = follow_links_backward(
+                                    new_link, new_link_at, old, old_at, d_backward, d_forward, d_link, d_link_at,
+                                    scratch, S,
+                                )  # fmt: skip
+                            d_memory, d_strength = content_backward(
+                                after, after_rows, x.read_keys + k * S.address, x.read_masks + k * S.width,
+                                tl.load(x.read_strengths + k), inverse, read, d_read, d_memory, d_rows,
+                                d_x.read_keys + k * S.address, d_x.read_masks + k * S.width, S,
+                            )  # fmt: skip
+                            tl.store(d_x.read_strengths + k, d_strength)
+                        tl.debug_barrier()
+                        store_slots(d_read_at + r * S.slots, d_old, S)
 
                 d_weights = d_state_weights + load_slots(d_outputs.write_weights + i * S.slots, S)
                 if S.links:
@@ -1031,6 +1168,7 @@ def sizes(addressing: str, x: Any, state: Any, options: Any) -> Sizes:
         sharpened=options.sharpened,
         masked=options.masked,
         training=options.training,
+        reads_apart=options.training and addressing == "lru" and not options.read_refresh,
         epsilon=EPSILON,
         warps=min(8, max(4, largest // 4096)),
     )
@@ -1045,9 +1183,17 @@ def triton_forward(
     for output in outputs:
         output.zero_()
     arguments = x, state, outputs, saved, checkpoints, _scratch(state.memory, batch), tokens, options.chunk, S
+    # Without fused multiply-adds, so that usage is rounded as in the eager recurrence.
+    launch = {"num_warps": S.warps, "num_stages": 1, "enable_fp_fusion": False}
     with torch.cuda.device_of(state.memory):
-        # Without fused multiply-adds, so that usage is rounded as in the eager recurrence.
-        forward_kernel[(batch,)](*arguments, num_warps=S.warps, num_stages=1, enable_fp_fusion=False)
+        forward_kernel[(batch,)](*arguments, **launch)
+        if S.reads_apart:
+            chunks = len(checkpoints.memory) // batch
+            working = _working(checkpoints.memory, S)
+            read_kernel[(batch, chunks)](x, outputs, checkpoints, working, tokens, options.chunk, S, **launch)
+    if S.reads_apart:
+        last, reads = _last_read(x)
+        state.read_weights.copy_(torch.where(reads, outputs.read_weights[last], state.read_weights))
 
 
 def triton_backward(
@@ -1066,12 +1212,40 @@ def triton_backward(
         gradient.zero_()
     batch, tokens = x.mask.shape
     S = sizes(addressing, x, d_state, options)
+    launch = {"num_warps": S.warps, "num_stages": 1}
     entries = batch * (options.chunk + 1)
     states = type(d_state)(*[part.new_empty(entries, *part.shape[1:]) for part in d_state])
-    arguments = x, outputs, saved, checkpoints, states, d_outputs, d_state, d_x, _scratch(d_state.memory, batch)
+    d_dots, d_squares = d_state.memory.new_empty(2, *outputs.read_weights.shape if S.reads_apart else (0,))
+    if S.reads_apart:
+        last, reads = _last_read(x)
+        d_read_weights = d_outputs.read_weights.clone()
+        d_read_weights[last] += torch.where(reads, d_state.read_weights, 0.0)
+        d_outputs = d_outputs._replace(read_weights=d_read_weights)
+        d_state.read_weights.masked_fill_(reads, 0.0)
     with torch.cuda.device_of(d_state.memory):
-        backward_kernel[(batch,)](*arguments, tokens, options.chunk, S, num_warps=S.warps, num_stages=1)
+        if S.reads_apart:
+            grid = batch, len(checkpoints.memory) // batch
+            arguments = x, outputs, checkpoints, _working(checkpoints.memory, S), d_outputs, d_x, d_dots, d_squares
+            read_backward_kernel[grid](*arguments, tokens, options.chunk, S, **launch)
+        arguments = x, outputs, saved, checkpoints, states, d_outputs, d_state, d_x, d_dots, d_squares
+        scratch = _scratch(d_state.memory, batch)
+        backward_kernel[(batch,)](*arguments, scratch, tokens, options.chunk, S, **launch)
 
 
 def _scratch(memory: Tensor, batch: int) -> Tensor:
     return memory.new_empty(batch, 2, memory.shape[1])
+
+
+def _working(memory: Tensor, S: Sizes) -> Tensor:
+    """Room for as many memories, where they are streamed."""
+    return torch.empty_like(memory) if S.streamed else memory.new_empty(0)
+
+
+def _last_read(x: Any) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """Of every batch row the last token that reads or resets, as an index, and whether it reads [B, 1, 1].
+
+    Where it reads, its read weights are the final state's.
+    """
+    rows, tokens = (torch.arange(size, device=x.mask.device) for size in x.mask.shape)
+    last = rows, torch.where(x.mask | x.reset, tokens, 0).amax(1)
+    return last, x.mask[last][:, None, None]

@@ -30,6 +30,7 @@ from timing import publish
 import kernels_cuda_dnc_gpt2 as cuda
 import kernels_dnc_gpt2 as kernels
 
+KERNELS = ("forward", "read", "read_backward", "backward")
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 
@@ -54,6 +55,7 @@ class Compiler:
 
     def __init__(self, kernel: Any):
         self.kernel = kernel
+        self.compiled: Any = None
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
         def compile_only(*args: Any, **options: Any) -> None:
@@ -84,8 +86,9 @@ def main() -> None:
     parser.add_argument("--output")
     arguments = parser.parse_args()
     shape = (1, 2, arguments.slots, arguments.width, arguments.heads)
-    compilers = {"forward": Compiler(cuda.forward_kernel), "backward": Compiler(cuda.backward_kernel)}
-    cuda.forward_kernel, cuda.backward_kernel = compilers["forward"], compilers["backward"]
+    compilers = {name: Compiler(getattr(cuda, f"{name}_kernel")) for name in KERNELS}
+    for name, compiler in compilers.items():
+        setattr(cuda, f"{name}_kernel", compiler)
     kernels.triton_problem = lambda device: None
     rows = []
     for architecture in arguments.architectures:
@@ -94,11 +97,14 @@ def main() -> None:
             x, state, config = problem(*labels[label], shape, getattr(torch, arguments.dtype), scan="triton")
             reads = kernels.fused_scan(x, state, config)[0]
             torch.autograd.grad(reads.sum(), x.read_keys)
-            for direction, compiler in compilers.items():
+            for name, compiler in compilers.items():
+                if compiler.compiled is None:
+                    continue
                 warps, shared = compiler.compiled.metadata.num_warps, compiler.compiled.metadata.shared
                 registers, spilled = resources(compiler.compiled)
-                rows.append([f"sm_{architecture}", label, direction, warps, registers, spilled, shared])
-    header = ["architecture", "variant", "direction", "warps", "registers", "spilled", "shared memory"]
+                rows.append([f"sm_{architecture}", label, name, warps, registers, spilled, shared])
+                compiler.compiled = None
+    header = ["architecture", "variant", "kernel", "warps", "registers", "spilled", "shared memory"]
     title = f"Triton kernels, {arguments.slots} x {arguments.width}, {arguments.heads} heads, {arguments.dtype}"
     publish(f"{title}, triton {triton.__version__}", header, rows, arguments.output)
 

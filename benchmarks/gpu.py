@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from scan import scan_step
 from timing import benchmark_parser, interleave, publish
-from training_step import SIZES, dnc_trainer, trainer_step
+from training_step import SIZES, TERMS, dnc_trainer, trainer_step
 
 from configuration_dnc_gpt2 import ADDRESSINGS
 
@@ -31,18 +31,24 @@ def measure(arguments: argparse.Namespace) -> list[list]:
         SIZES["origin"], batch=arguments.batch, tokens=arguments.tokens, n_positions=arguments.tokens
     )
     inputs = sizes.inputs()
+    losses = {"no loss term": dict.fromkeys(TERMS, 0.0), "both terms": TERMS}
     for addressing in arguments.addressings:
         with tempfile.TemporaryDirectory() as folder:
-            functions = {
-                kind: trainer_step(dnc_trainer(folder, sizes, kind, {"addressing": addressing}, bf16=True), inputs)
-                for kind in ("baseline", "dnc")
+            trainers = {
+                name: dnc_trainer(folder, sizes, "dnc", {"addressing": addressing}, bf16=True, **terms)
+                for name, terms in losses.items()
             }
+            trainers["baseline"] = dnc_trainer(folder, sizes, "baseline", bf16=True)
+            functions = {name: trainer_step(trainer, inputs) for name, trainer in trainers.items()}
             times = interleave(functions, arguments.repeats)
-        ratio = times["dnc"] / times["baseline"]
-        name = f"training step, {arguments.batch} x {arguments.tokens} tokens, bf16, {addressing}, to GPT-2's"
-        target = f"at most {STEP_TARGET}", ratio <= STEP_TARGET
-        rows.append([name, 1000 * times["baseline"], 1000 * times["dnc"], ratio, *target])
-        del functions
+        for loss in losses:
+            ratio = times[loss] / times["baseline"]
+            name = (
+                f"training step, {arguments.batch} x {arguments.tokens} tokens, bf16, {addressing}, {loss}, to GPT-2's"
+            )
+            target = f"at most {STEP_TARGET}", ratio <= STEP_TARGET
+            rows.append([name, 1000 * times["baseline"], 1000 * times[loss], ratio, *target])
+        del functions, trainers
         torch.cuda.empty_cache()
     shape = (arguments.batch, arguments.tokens, 64, 128, 4)
     for addressing in arguments.addressings:
