@@ -56,6 +56,10 @@ EPSILON = 1e-6  # of the cosine and of the usage, as in the recurrence
 # A streamed block has more entries than the program has threads: none is loaded by one while another overwrites it.
 TILE_BYTES = 32768
 
+# Of the kernels that take all chunks at once: fewer than of the others, so that more of their programs share a
+# multiprocessor.
+READ_WARPS = 4
+
 
 class Sizes(NamedTuple):
     """What a kernel is compiled for."""
@@ -1184,16 +1188,15 @@ def triton_forward(
         output.zero_()
     arguments = x, state, outputs, saved, checkpoints, _scratch(state.memory, batch), tokens, options.chunk, S
     # Without fused multiply-adds, so that usage is rounded as in the eager recurrence.
-    launch = {"num_warps": S.warps, "num_stages": 1, "enable_fp_fusion": False}
+    rounding = {"num_stages": 1, "enable_fp_fusion": False}
     with torch.cuda.device_of(state.memory):
-        forward_kernel[(batch,)](*arguments, **launch)
+        forward_kernel[(batch,)](*arguments, num_warps=S.warps, **rounding)
         if S.reads_apart:
-            chunks = len(checkpoints.memory) // batch
-            working = _working(checkpoints.memory, S)
-            read_kernel[(batch, chunks)](x, outputs, checkpoints, working, tokens, options.chunk, S, **launch)
-    if S.reads_apart:
-        last, reads = _last_read(x)
-        state.read_weights.copy_(torch.where(reads, outputs.read_weights[last], state.read_weights))
+            grid = batch, len(checkpoints.memory) // batch
+            arguments = x, outputs, checkpoints, _working(checkpoints.memory, S), tokens, options.chunk, S
+            read_kernel[grid](*arguments, num_warps=READ_WARPS, **rounding)
+            last, reads = _last_read(x)
+            state.read_weights.copy_(torch.where(reads, outputs.read_weights[last], state.read_weights))
 
 
 def triton_backward(
@@ -1212,24 +1215,22 @@ def triton_backward(
         gradient.zero_()
     batch, tokens = x.mask.shape
     S = sizes(addressing, x, d_state, options)
-    launch = {"num_warps": S.warps, "num_stages": 1}
     entries = batch * (options.chunk + 1)
     states = type(d_state)(*[part.new_empty(entries, *part.shape[1:]) for part in d_state])
     d_dots, d_squares = d_state.memory.new_empty(2, *outputs.read_weights.shape if S.reads_apart else (0,))
-    if S.reads_apart:
-        last, reads = _last_read(x)
-        d_read_weights = d_outputs.read_weights.clone()
-        d_read_weights[last] += torch.where(reads, d_state.read_weights, 0.0)
-        d_outputs = d_outputs._replace(read_weights=d_read_weights)
-        d_state.read_weights.masked_fill_(reads, 0.0)
     with torch.cuda.device_of(d_state.memory):
         if S.reads_apart:
+            last, reads = _last_read(x)
+            d_read_weights = d_outputs.read_weights.clone()
+            d_read_weights[last] += torch.where(reads, d_state.read_weights, 0.0)
+            d_state.read_weights.masked_fill_(reads, 0.0)
+            d_outputs = d_outputs._replace(read_weights=d_read_weights)
             grid = batch, len(checkpoints.memory) // batch
             arguments = x, outputs, checkpoints, _working(checkpoints.memory, S), d_outputs, d_x, d_dots, d_squares
-            read_backward_kernel[grid](*arguments, tokens, options.chunk, S, **launch)
+            read_backward_kernel[grid](*arguments, tokens, options.chunk, S, num_warps=READ_WARPS, num_stages=1)
         arguments = x, outputs, saved, checkpoints, states, d_outputs, d_state, d_x, d_dots, d_squares
         scratch = _scratch(d_state.memory, batch)
-        backward_kernel[(batch,)](*arguments, scratch, tokens, options.chunk, S, **launch)
+        backward_kernel[(batch,)](*arguments, scratch, tokens, options.chunk, S, num_warps=S.warps, num_stages=1)
 
 
 def _scratch(memory: Tensor, batch: int) -> Tensor:

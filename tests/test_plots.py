@@ -1,9 +1,9 @@
 import math
 import os
+from importlib.metadata import version
 
 import numpy as np
 import pytest
-import torch
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 from PIL import Image
@@ -149,7 +149,7 @@ def inspection() -> Inspection:
 @pytest.mark.parametrize("by", ["gain", "gate", 31, 0])
 def test_tokens_are_coloured_by_what_is_asked_for(saved, inspection, tmp_path, by):
     tokens(inspection, tmp_path / "tokens.png", by, {"seed": "3"})
-    assert metadata(tmp_path / "tokens.png").items() >= {"seed": "3", "version of torch": torch.__version__}.items()
+    assert metadata(tmp_path / "tokens.png").items() >= {"seed": "3", "version of torch": version("torch")}.items()
     axes = saved[0].axes[0]
     assert [text.get_text() for text in axes.texts] == ["The", *["word"] * 57, "$x_", r"\né"]
     boxes = axes.patches
