@@ -39,7 +39,8 @@ OPPONENTS_OPTION = {
         "help": f"What else to compare with, separated by commas: {','.join(OPPONENTS)}.",
     }
 }
-DATA_SOURCES = ("dataset_name", "dataset_config_name", "train_file", "validation_file")
+DATASET, FILES = ("dataset_name", "dataset_config_name"), ("train_file", "validation_file")
+DATA_SOURCES = (*DATASET, *FILES)
 
 
 @dataclass
@@ -117,6 +118,8 @@ def parse(
 ) -> tuple[Any, ...]:
     """Read options: the command line over a YAML file (`--config`) over defaults.
 
+    A data set on the command line replaces the files that a YAML file names, and files a data set.
+
     Args:
         dataclasses: as for `HfArgumentParser`.
         arguments: the command line, by default the process's own.
@@ -145,6 +148,9 @@ def parse(
     if config is None and not data_named:
         config = default_config
     options = {} if config is None else _read_yaml(parser, Path(config))
+    for named, other in ((DATASET, FILES), (FILES, DATASET)):
+        if not flags.isdisjoint(named) and flags.isdisjoint(other):
+            options = {name: value for name, value in options.items() if name not in other}
     data_named = data_named or any(options.get(name) for name in DATA_SOURCES)
     parser.set_defaults(
         **{name: value for name, value in (defaults or {}).items() if not (data_named and name in DATA_SOURCES)}

@@ -53,6 +53,15 @@ def test_command_line_over_yaml_over_defaults(preset):
     assert parse(ALL, ["--hidden_size", "64", f"--config={config}"])[0].hidden_size == 64
 
 
+def test_files_on_the_command_line_replace_the_data_set_of_a_preset_and_the_other_way_round(preset):
+    config = preset(dataset_name="x", dataset_config_name="y")
+    (data,) = parse((DataArguments,), ["--config", config, "--train_file", "a.txt", "--validation_file", "b.txt"])
+    assert (data.dataset_name, data.dataset_config_name, data.train_file) == (None, None, ["a.txt"])
+    config = preset(train_file="a.txt", validation_file="b.txt")
+    (data,) = parse((DataArguments,), ["--config", config, "--dataset_name", "x"])
+    assert (data.dataset_name, data.train_file, data.validation_file) == ("x", None, None)
+
+
 def test_the_origins_flags_with_its_sizes_and_without_its_loss_terms():
     model, data, training = parse(ALL, [])
     assert (model.hidden_size, model.num_layers, model.num_heads) == (768, 6, 8)
