@@ -193,6 +193,7 @@ class DNCGPT2Model(DNCGPT2PreTrainedModel, GPT2Model):
         memory_reset: Tensor | None = None,
         output_memory: bool = False,
         output_base_hidden_state: bool = False,
+        detach_base_hidden_state: bool = False,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         **kwargs,
@@ -213,6 +214,7 @@ class DNCGPT2Model(DNCGPT2PreTrainedModel, GPT2Model):
             output_base_hidden_state: also return the final hidden state of the backbone without any read. Of a memory
                 in mid-stack this takes a second pass through the blocks above it, and no cache that holds tokens: what
                 those see there has been read.
+            detach_base_hidden_state: without gradients, so that the second pass keeps nothing for a backward one.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass either input_ids or inputs_embeds.")
@@ -241,6 +243,7 @@ class DNCGPT2Model(DNCGPT2PreTrainedModel, GPT2Model):
             tokens_given = {"inputs_embeds": inputs_embeds} if input_ids is None else {"input_ids": input_ids}
             inputs |= {**tokens_given, "attention_mask": mask}
             options |= {"output_memory": output_memory, "output_base_hidden_state": output_base_hidden_state}
+            options |= {"detach_base_hidden_state": detach_base_hidden_state}
             return self._one_by_one(inputs, tokens, past_key_values=cache, **options)
         before = cache.snapshot() if cache is not None and cache.is_recording else None
         state = cache.memory_state if cache is not None and cache.has_tokens else memory_state
@@ -291,9 +294,15 @@ class DNCGPT2Model(DNCGPT2PreTrainedModel, GPT2Model):
             attention.keep(0)
             cache.memory_state = memory.state
             cache.count(tokens)
+        base = None
+        if output_base_hidden_state:
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not detach_base_hidden_state):
+                base = attention.base()
+            if detach_base_hidden_state:
+                base = base.detach()  # on top of the stack it is one of the first pass
         return DNCGPT2ModelOutput(
             last_hidden_state=output.last_hidden_state,
-            base_hidden_state=attention.base() if output_base_hidden_state else None,
+            base_hidden_state=base,
             past_key_values=cache,
             hidden_states=output.hidden_states,
             attentions=output.attentions,
@@ -732,6 +741,7 @@ class DNCGPT2LMHeadModel(DNCGPT2PreTrainedModel, GenerationMixin):
             memory_reset=memory_reset,
             output_memory=output_memory or points,
             output_base_hidden_state=output_base_logits or compare,
+            detach_base_hidden_state=not output_base_logits,
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
             return_dict=True,

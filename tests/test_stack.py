@@ -116,6 +116,22 @@ def test_base_logits_let_gradients_through(tiny_model):
         torch.testing.assert_close(ours, parameter.grad, msg=lambda text, name=name: f"{name}: {text}")
 
 
+def test_a_divergence_keeps_nothing_of_the_pass_without_reads(tiny_model, memory):
+    """Neither the blocks' activations nor gradients: what the comparison costs is the pass alone."""
+    model, tokens = tiny_model(**memory), random_tokens(2, 20)
+    kept = []
+    for asked in ({}, {"output_divergence": True}):
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, sizes=sizes: sizes.append(x.numel()) or x, lambda x: x):
+            model(tokens, labels=tokens, output_logits=False, **asked)
+        kept.append(sum(sizes))
+    assert kept[0] == kept[1] > 0
+    asked = {"output_base_hidden_state": True}
+    attached, detached = (model.transformer(tokens, **asked, detach_base_hidden_state=flag) for flag in (False, True))
+    assert attached.base_hidden_state.requires_grad and not detached.base_hidden_state.requires_grad
+    assert torch.equal(attached.base_hidden_state, detached.base_hidden_state)
+
+
 def test_training_draws_the_same_dropout_with_and_without_base_logits(tiny_config):
     model = DNCGPT2LMHeadModel(tiny_config(resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5)).train()
     tokens, outputs = random_tokens(2, 20), []
