@@ -445,7 +445,8 @@ class DNCMemory(nn.Module):
         if state.slot_tokens is not None:
             held = slot_tokens(input_ids, output.write_weights.detach(), state.slot_tokens, reset, output_slot_tokens)
             last["slot_tokens"] = held[:, -1]
-        state = output.state._replace(**last, started=started.to(dtype))
+        # Not by `_replace`: compiled, torch 2.11 cannot return what it makes.
+        state = MemoryState(**{**output.state._asdict(), **last, "started": started.to(dtype)})
         reads = output.reads
         if read_gates is not None:
             reads = reads * read_gates[..., None]
