@@ -797,8 +797,9 @@ def forward_kernel(x, state, outputs, saved, checkpoints, scratch, tokens, chunk
 
 
 @part
-def reopen(checkpoints, working, kept, S: tl.constexpr):
-    """The memory of a checkpoint, and where it lies, copied, if it is streamed."""
+def reopen(checkpoints, working, S: tl.constexpr):
+    """The memory before chunk `program_id(1)` of batch row `program_id(0)`, and where it lies, if it is streamed."""
+    kept = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
     rows = working + kept * S.slots * S.width
     kept_rows = checkpoints.memory + kept * S.slots * S.width
     memory = load_tile(kept_rows, 0, S.width, S.columns, S)
@@ -823,12 +824,9 @@ def rewrite(memory, rows, x, outputs, i, S: tl.constexpr):
 
 @kernel
 def read_kernel(x, outputs, checkpoints, working, tokens, chunk, S: tl.constexpr):
-    """The reads of chunk `program_id(1)` of batch row `program_id(0)`, all written before.
-
-    `working` has room for the memory of every program where rows are streamed.
-    """
+    """The reads of one chunk, after all of it was written. `working` has room for as many memories, if streamed."""
     b, c = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    memory, rows = reopen(checkpoints, working, b * tl.num_programs(1) + c, S)
+    memory, rows = reopen(checkpoints, working, S)
     for t in range(c * chunk, tl.minimum((c + 1) * chunk, tokens)):
         i = b * tokens + t
         memory = rewrite(memory, rows, x, outputs, i, S)
@@ -853,7 +851,7 @@ def read_backward_kernel(
     [B, T, R, N], and of the rows' squared norms, `d_squares` [B, T, R, N].
     """
     b, c = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    memory, rows = reopen(checkpoints, working, b * tl.num_programs(1) + c, S)
+    memory, rows = reopen(checkpoints, working, S)
     for t in range(c * chunk, tl.minimum((c + 1) * chunk, tokens)):
         i = b * tokens + t
         memory = rewrite(memory, rows, x, outputs, i, S)
