@@ -33,6 +33,10 @@ class CompareArguments:
     reference: str | None = field(
         default=None, metadata={"help": "Checkpoint that changes are measured against; by default the first."}
     )
+    cache_entries: int | None = field(
+        default=None,
+        metadata={"help": "Entries of --opponents neural_cache; by default the slots of the first memory compared."},
+    )
     batch_size: int = field(default=8, metadata={"help": "Examples at a time where no memory is carried."})
     mixed_precision: str = field(
         default="no", metadata={"help": "no, fp16 or bf16.", "choices": ["no", "fp16", "bf16"]}
@@ -42,8 +46,10 @@ class CompareArguments:
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace earlier results."})
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size={self.batch_size} is not allowed; it must be at least 1.")
+        for name in ("batch_size", "cache_entries"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value} is not allowed; it must be at least 1.")
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
@@ -74,6 +80,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
             )
     if Path(options.output_dir).is_file():
         sys.exit(f"compare.py: {options.output_dir} is a file; choose another --output_dir.")
+    if options.cache_entries is not None and "neural_cache" not in lists.opponents:
+        sys.exit(f"compare.py: --cache_entries {options.cache_entries} needs --opponents neural_cache.")
     checkpoints = named(lists.checkpoints)
     if options.reference is not None:
         if options.reference not in lists.checkpoints and options.reference not in checkpoints:
@@ -86,6 +94,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         data,
         options.output_dir,
         opponents=[name for name in lists.opponents if name in SCORED],
+        cache_entries=options.cache_entries,
         accelerator=accelerator,
         batch_size=options.batch_size,
         seed=run["seed"] if run else None,

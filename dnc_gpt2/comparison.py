@@ -235,6 +235,7 @@ def compare_checkpoints(
     output_dir: str,
     *,
     opponents: Sequence[str] = (),
+    cache_entries: int | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """Evaluate checkpoints on the validation split and write JSON, Markdown and figures to `output_dir`.
@@ -242,8 +243,8 @@ def compare_checkpoints(
     Args:
         checkpoints: name -> folder or hub name; the first is the reference.
         data: names the split and how it is read.
-        opponents: of `opponents.SCORED`, beside the checkpoints. They score the first plain GPT-2 among these; the
-            neural cache has as many entries as the first memory among them has slots.
+        opponents: of `opponents.SCORED`, beside the checkpoints. They score the first plain GPT-2 among these.
+        cache_entries: of the neural cache; as many as the first memory among the checkpoints has slots by default.
         options: of `Comparison`.
 
     Returns:
@@ -251,7 +252,7 @@ def compare_checkpoints(
 
     Raises:
         ValueError: a checkpoint cannot be loaded, or the tokenizers differ, or a text to inspect is empty, or the
-            opponents find no plain GPT-2 or no memory among the checkpoints.
+            opponents find no plain GPT-2 among the checkpoints or, where `cache_entries` is not given, no memory.
     """
     for path in checkpoints.values():
         require_checkpoint(path)
@@ -268,7 +269,7 @@ def compare_checkpoints(
                 f"{checkpoints[other]} and {checkpoints[reference]} have different tokenizers, so that their numbers "
                 "cannot be compared: compare checkpoints of one tokenizer."
             )
-    plain, entries = _scored_by(opponents, checkpoints, trusted)
+    plain, entries = _scored_by(opponents, checkpoints, cache_entries, trusted)
     comparison = Comparison(corpus, tokenizer, data, output_dir, **options)
     for name, path in checkpoints.items():
         comparison.add(name, path)
@@ -277,7 +278,9 @@ def compare_checkpoints(
     return comparison.finish()
 
 
-def _scored_by(opponents: Sequence[str], checkpoints: Mapping[str, str], trust_remote_code: bool) -> tuple[str, int]:
+def _scored_by(
+    opponents: Sequence[str], checkpoints: Mapping[str, str], cache_entries: int | None, trust_remote_code: bool
+) -> tuple[str, int]:
     """The checkpoint that these opponents score, and the entries of the neural cache."""
     if not opponents:
         return "", 0
@@ -288,11 +291,13 @@ def _scored_by(opponents: Sequence[str], checkpoints: Mapping[str, str], trust_r
     if not plain:
         raise ValueError(f"--opponents {','.join(opponents)} score a plain GPT-2: name its checkpoint too.")
     slots = [config.mem_slots for config in configs.values() if config.model_type == DNCGPT2Config.model_type]
-    if "neural_cache" in opponents and not slots:
+    entries = next(iter(slots), 0) if cache_entries is None else cache_entries
+    if "neural_cache" in opponents and not entries:
         raise ValueError(
-            "--opponents neural_cache has as many entries as a memory has slots: name a checkpoint with memory too."
+            "--opponents neural_cache has as many entries as a memory has slots: name a checkpoint with memory too, "
+            "or set --cache_entries."
         )
-    return plain[0], slots[0] if slots else 0
+    return plain[0], entries
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

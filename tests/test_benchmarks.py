@@ -265,11 +265,11 @@ def test_real_text_makes_every_model_once_and_compares_it_with_gpt2(tmp_path, mo
                 (folder / kind / "trainer_state.json").write_text(json.dumps({"log_history": looks}))
         else:
             folder = Path(arguments[arguments.index("--output_dir") + 1])
-            names = ["baseline", "dnc", *(["other"] if "--opponents" in arguments else [])]
-            models = {name: {"metrics": {"ppl": 80.0}} for name in names}
-            differences = {name: {"ppl_ratio": 0.8, "ppl_ratio_interval": [0.75, 0.85]} for name in names[1:]}
-            models["dnc"]["metrics"]["avg_gate"] = 0.5
-            differences["other"] = {"ppl_ratio": 0.9, "ppl_ratio_interval": [0.85, 0.95]}
+            name, ratio, metrics = "dnc", 0.8, {"ppl": 80.0, "avg_gate": 0.5}
+            if "--opponents" in arguments:
+                name, ratio, metrics = arguments[arguments.index("--opponents") + 1], 0.9, {"ppl": 90.0}
+            models = {"baseline": {"metrics": {"ppl": 100.0}}, name: {"metrics": metrics}}
+            differences = {name: {"ppl_ratio": ratio, "ppl_ratio_interval": [0.75, 0.85]}}
         (folder / "comparison.json").write_text(json.dumps({"models": models, "differences": differences}))
 
     monkeypatch.setattr(real_text, "run", run)

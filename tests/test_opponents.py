@@ -508,6 +508,14 @@ def test_a_cache_that_is_tuned_on_trained_text_is_mentioned(folder, run, tmp_pat
     assert "--held_out_tokens" in record.getMessage()
 
 
+def test_the_neural_cache_has_as_many_entries_as_asked_for_without_a_memory(folder, run, tmp_path):
+    entries = ["--opponents", "neural_cache", "--cache_entries", "5"]
+    baseline = str(folder / "run" / "baseline")
+    comparison = compare.main([baseline, *entries, "--output_dir", str(tmp_path), "--use_cpu"])
+    assert comparison["models"]["neural_cache"]["scoring"]["entries"] == 5
+    assert list(comparison["differences"]) == ["neural_cache"]
+
+
 @pytest.mark.parametrize(
     ("script", "arguments", "culprits"),
     [
@@ -518,7 +526,9 @@ def test_a_cache_that_is_tuned_on_trained_text_is_mentioned(folder, run, tmp_pat
         ("train", {"held_out_tokens": 10**6}, ("held_out_tokens=1000000", "training text")),
         ("train", {"held_out_tokens": -1}, ("held_out_tokens=-1",)),
         ("compare", ["DNC", "--opponents", "neural_cache"], ("neural_cache", "plain GPT-2")),
-        ("compare", ["BASELINE", "--opponents", "neural_cache"], ("neural_cache", "with memory")),
+        ("compare", ["BASELINE", "--opponents", "neural_cache"], ("neural_cache", "with memory", "--cache_entries")),
+        ("compare", ["BASELINE", "DNC", "--cache_entries", "5"], ("--cache_entries 5", "--opponents neural_cache")),
+        ("compare", ["BASELINE", "--opponents", "neural_cache", "--cache_entries", "0"], ("cache_entries=0",)),
         ("compare", ["BASELINE", "--opponents", "cache"], ("cache", "widened,neural_cache")),
     ],
     ids=lambda value: str(value) if isinstance(value, dict | list) else "",

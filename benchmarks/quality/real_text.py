@@ -73,9 +73,11 @@ MODELS |= {
     for name, options in MODELS.items()
     if "mem_slots" in options
 }
-CACHES = {f"cache-{entries}": (f"lru-{entries}", "neural_cache") for entries in (64, 256, 1024)}
-SCORED = {**CACHES, "overlapping": ("lru-64", "overlapping")}
-"""Another way to score GPT-2 -> the model beside which compare.py does (a cache has its slots); its name there."""
+SCORED = {
+    **{f"cache-{entries}": {"opponents": "neural_cache", "cache_entries": entries} for entries in (64, 256, 1024)},
+    "overlapping": {"opponents": "overlapping"},
+}
+"""Another way to score GPT-2 -> options of compare.py."""
 
 
 def command_options(options: Mapping[str, Any]) -> list[str]:
@@ -121,13 +123,13 @@ def best_step(checkpoint: Path) -> str:
 
 def compare(name: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
     """What compare.py says of one model beside GPT-2: metrics of both, and the paired difference."""
-    model, opponent = SCORED.get(name, (name, None))
-    checkpoints = [str(train(kind, seed, options)) for kind in ("gpt2", model)]
+    kinds = ["gpt2"] if name in SCORED else ["gpt2", name]
+    checkpoints = [str(train(kind, seed, options)) for kind in kinds]
     folder = options.folder / f"seed-{seed}" / f"{name}-beside-gpt2"
-    opponents = ["--opponents", opponent] if opponent else []
-    if not finished(folder, len(checkpoints) + bool(opponent)):
+    if not finished(folder, 2):
         folder.mkdir(parents=True, exist_ok=True)
-        run("compare.py", [*checkpoints, *opponents, "--output_dir", str(folder)], folder / "log.txt")
+        given = command_options({**SCORED.get(name, {}), "output_dir": folder})
+        run("compare.py", [*checkpoints, *given], folder / "log.txt")
     return json.loads((folder / "comparison.json").read_text())
 
 
@@ -138,8 +140,7 @@ def row(name: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
         result = json.loads((options.folder / f"seed-{seed}" / name / "comparison.json").read_text())
         return {"ppl": result["models"]["baseline"]["metrics"]["ppl"], "ratio": 1.0, "interval": None, "gate": None}
     result = compare(name, seed, options)
-    _, *others = result["models"]
-    key = others[-1]  # after GPT-2 and, with an opponent, the model beside it
+    _, key = result["models"]
     metrics, difference = result["models"][key]["metrics"], result["differences"][key]
     return {
         "ppl": metrics["ppl"],
