@@ -182,6 +182,7 @@ SYSTEMS: dict[str, Callable[[], System]] = {
     "gpt2": gpt2,
     "lru": lambda: with_memory(write_gate_bias=-2.0),
     "lru-on-top": lambda: with_memory(write_gate_bias=-2.0, memory_layer=LAYERS),
+    "dnc": lambda: with_memory(addressing="dnc", temporal_links=False),
     "dnc-on-top": lambda: with_memory(addressing="dnc", temporal_links=False, memory_layer=LAYERS),
     "mamba": mamba,
     "rmt": recurrent_memory_transformer,
