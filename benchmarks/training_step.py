@@ -117,6 +117,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         metavar="SHARE",
         help="shares of the targets that the routing term is computed on, 0: neither term; default 1, 0.25 and 0",
     )
+    parser.add_argument("--on_top", action="store_true", help="read the memory above the last block, as the origin")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
     rows = []
@@ -124,10 +125,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         for name in arguments.sizes:
             sizes = SIZES[name]
             inputs = sizes.inputs()
+            place = {"memory_layer": sizes.n_layer} if arguments.on_top else {}
             trainers = {"baseline": dnc_trainer(folder, sizes, "baseline")}
             for addressing, share in itertools.product(arguments.addressings, arguments.routing_sample):
                 terms = {"routing_sample": share} if share else dict.fromkeys(TERMS, 0.0)
-                trainers[addressing, share] = dnc_trainer(folder, sizes, "dnc", {"addressing": addressing}, **terms)
+                options = {"addressing": addressing, **place}
+                trainers[addressing, share] = dnc_trainer(folder, sizes, "dnc", options, **terms)
             steps = {key: trainer_step(trainer, inputs) for key, trainer in trainers.items()}
             times = interleave(steps, arguments.repeats)
             baseline = times.pop("baseline")

@@ -131,7 +131,7 @@ def test_origin_loop_compares_its_step_with_gpt2s_and_ours(run):
 
 def test_training_step_prints_the_target_next_to_each_ratio(run, monkeypatch, capsys):
     monkeypatch.setitem(training_step.TARGETS, ("tiny", 0.5), 1.5)
-    rows = run(training_step.main, "--sizes tiny --addressings lru --routing_sample 1 0.5 0")
+    rows = run(training_step.main, "--sizes tiny --addressings lru --routing_sample 1 0.5 0 --on_top")
     assert [(row["addressing"], row["routing sample"], row["target, at most"]) for row in rows] == [
         ("lru", 1.0, None),
         ("lru", 0.5, 1.5),
