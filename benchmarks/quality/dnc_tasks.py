@@ -4,7 +4,7 @@ A tiny GPT-2 (1 or 2 layers x 64) reads each sequence through an attention windo
 the answers alone, with lengths drawn anew for every step. Reads do not feed back into the backbone, so that whatever
 lies outside the window has to come from the memory's own state. Scored are the answers, and the sequences with every
 answer right, at the longest training length and at two and four times it, with as many times the slots: no parameter
-depends on their number. Plain GPT-2 with the same window is the control; the others take the links away or add one of
+depends on their number. Plain GPT-2 with the same window is the control; the others take the links away or add some of
 the three options of Csordas and Schmidhuber 2019. What is finished is kept in `--folder` and not made again.
 
 python benchmarks/quality/dnc_tasks.py
@@ -74,6 +74,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "dnc": {},
     "no-links": {"temporal_links": False},
     **{option: {option: True} for option in OPTIONS},
+    "masked-and-erased": {"masked_content": True, "erase_on_free": True},
     "all-three": dict.fromkeys(OPTIONS, True),
 }
 """Name -> options of the memory; `gpt2` has none."""
