@@ -219,6 +219,8 @@ def _load_dataset(
             remedy = "where the hub cannot be reached, use --train_file and --validation_file, or a local folder"
         elif isinstance(error, FileNotFoundError):
             remedy = "check the name: a data set on the hub, or a local folder with data files"
+        elif "namespace/name" in str(error):
+            remedy = "name the data set with its namespace, such as Salesforce/wikitext"
         elif "Unknown split" in str(error):
             remedy = f"choose another one with --{split}_split"
         else:

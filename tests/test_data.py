@@ -5,6 +5,7 @@ import random
 
 import pytest
 import torch
+from huggingface_hub import HfFileSystem
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
@@ -221,11 +222,18 @@ def test_an_unknown_data_set_or_an_unreachable_hub_is_one_clear_error(tmp_path, 
         load_texts(DataArguments(dataset_name=str(tmp_path / "nowhere")))
 
     def unreachable(*args, **kwargs):
-        raise ConnectionError("Couldn't reach 'wikitext' on the Hub")
+        raise ConnectionError("Couldn't reach 'Salesforce/wikitext' on the Hub")
 
     monkeypatch.setattr(data.datasets, "load_dataset_builder", unreachable)
-    with pytest.raises(DataError, match=r"Couldn't reach 'wikitext'.*use --train_file .*local folder"):
-        load_texts(DataArguments(dataset_name="wikitext", dataset_config_name="wikitext-2-raw-v1"))
+    with pytest.raises(DataError, match=r"Couldn't reach 'Salesforce/wikitext'.*use --train_file .*local folder"):
+        load_texts(DataArguments(dataset_name="Salesforce/wikitext", dataset_config_name="wikitext-2-raw-v1"))
+
+    def without_namespace(name, *args, **kwargs):  # what `datasets` asks of the hub's client for such a name
+        HfFileSystem().resolve_path(f"hf://datasets/{name}@main/.huggingface.yaml")
+
+    monkeypatch.setattr(data.datasets, "load_dataset_builder", without_namespace)
+    with pytest.raises(DataError, match=r"got 'wikitext'.*name the data set with its namespace"):
+        load_texts(DataArguments(dataset_name="wikitext"))
 
 
 # The tokenizer

@@ -87,7 +87,7 @@ def test_origin_preset_has_the_origins_numbers():
     model, data, training = parse(ALL, ["--config", str(ROOT / "configs" / "origin.yaml")])
     assert (model.addressing, model.hidden_size, model.num_layers, model.num_heads) == ("simplified", 768, 6, 8)
     assert (model.mem_slots, model.mem_width, model.num_reads) == (64, 128, 4)
-    assert (data.dataset_name, data.dataset_config_name) == ("wikitext", "wikitext-2-raw-v1")
+    assert (data.dataset_name, data.dataset_config_name) == ("Salesforce/wikitext", "wikitext-2-raw-v1")
     assert (data.seq_len, data.carry_memory) == (128, False)
     assert (training.num_train_epochs, training.max_steps, training.per_device_train_batch_size) == (1, -1, 4)
     assert (training.learning_rate, training.max_grad_norm) == (3e-4, 1.0)

@@ -68,7 +68,7 @@ def comparison() -> dict:
         "baseline": {"path": "a", "metrics": {"ppl": 45.21, "top1_acc": 0.3412, **dict.fromkeys(memory)}},
         "dnc": {"path": "b", "metrics": {"ppl": 41.88, "top1_acc": 0.3601, **memory}},
     }
-    data = {"dataset_name": "wikitext", "tokens": 245569, "carry_memory": True, "streams": {"count": 4}}
+    data = {"dataset_name": "Salesforce/wikitext", "tokens": 245569, "carry_memory": True, "streams": {"count": 4}}
     versions = {"torch": "2.13.0"}
     return {"models": models, "delta_percent": delta_percent(models), "data": data, "seed": 12345, "versions": versions}
 
@@ -251,7 +251,7 @@ def test_page_tells_metrics_data_seed_models_and_versions(comparison):
     page = comparison_markdown(comparison)
     for line in (
         "| Perplexity ↓ | 45.21 | 41.88 | ▼7.4% ✓ |",
-        "| dataset_name | wikitext |",
+        "| dataset_name | Salesforce/wikitext |",
         "| tokens | 245,569 |",
         "| carry_memory | yes |",
         "| streams.count | 4 |",
