@@ -4,7 +4,7 @@ import logging
 import math
 import shutil
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -42,6 +42,28 @@ class NonFiniteError(ValueError):
 GATE_BINS = 20
 """Bins of the write gates' histogram."""
 
+WITHOUT_EFFECT = (
+    "auto_find_batch_size",
+    "batch_eval_metrics",
+    "bf16_full_eval",
+    "dataloader_drop_last",
+    "dataloader_in_order",
+    "dataloader_multiprocessing_context",
+    "dataloader_persistent_workers",
+    "dataloader_prefetch_factor",
+    "eval_accumulation_steps",
+    "eval_do_concat_batches",
+    "eval_use_gather_object",
+    "fp16_full_eval",
+    "include_for_metrics",
+    "label_names",
+    "label_smoothing_factor",
+    "length_column_name",
+    "prediction_loss_only",
+    "train_sampling_strategy",
+)
+"""Options of `TrainingArguments` for what `DNCTrainer` does in its own way: batches, loss and evaluation."""
+
 
 @dataclass
 class DNCTrainingArguments(TrainingArguments):
@@ -70,6 +92,13 @@ class DNCTrainingArguments(TrainingArguments):
         for name in ("num_train_epochs", "logging_steps", "save_steps", "eval_steps"):
             if getattr(self, name) is not None and not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"{name}={getattr(self, name)} is not allowed; it must be a finite number above 0.")
+        for option in fields(TrainingArguments):
+            default = option.default if option.default_factory is MISSING else option.default_factory()
+            if option.name in WITHOUT_EFFECT and getattr(self, option.name) != default:
+                raise ValueError(
+                    f"{option.name}={getattr(self, option.name)} would have no effect here, where batches, loss and "
+                    "evaluation are of another kind: leave it out."
+                )
         if self.ddp_find_unused_parameters is None:
             self.ddp_find_unused_parameters = False  # every parameter of both models has a gradient in every step
         self.logging_nan_inf_filter = False  # which would hide what `DNCTrainer` stops at

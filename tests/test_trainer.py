@@ -2,12 +2,13 @@
 
 import json
 import math
+from dataclasses import fields
 
 import numpy as np
 import pytest
 import torch
 from torch.nn.functional import log_softmax
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
 
 import dnc_gpt2.corpus
 from dnc_gpt2.corpus import Corpus, Exam
@@ -15,7 +16,7 @@ from dnc_gpt2.data import EMPTY, IGNORED, ExampleDataset, TokenizedText, collate
 from dnc_gpt2.evaluation import evaluate, prediction_columns, write_entropy, write_sparsity
 from dnc_gpt2.models import new_models
 from dnc_gpt2.tasks import Question
-from dnc_gpt2.trainer import DNCTrainer, DNCTrainingArguments, take_sample
+from dnc_gpt2.trainer import WITHOUT_EFFECT, DNCTrainer, DNCTrainingArguments, take_sample
 
 WINDOW, EXAMPLE, VOCABULARY = 8, 16, 67
 ADDRESSINGS = ("lru", "dnc", "simplified")
@@ -603,3 +604,14 @@ def test_training_builds_no_logits_for_either_model(models, tmp_path, kind, monk
     trainer = DNCTrainer(model, arguments(tmp_path), examples(200))
     trainer.compute_loss(model, padded_batch()).backward()
     assert model.lm_head.weight.grad.any()
+
+
+def test_options_of_the_library_that_would_have_no_effect_are_refused(tmp_path):
+    known = {field.name: field for field in fields(TrainingArguments)}
+    for name in known.keys() & set(WITHOUT_EFFECT):
+        default = known[name].default
+        value = not default if isinstance(default, bool) else ["loss"] if name == "include_for_metrics" else 7
+        with pytest.raises(ValueError, match=f"{name}=.* would have no effect here.* leave it out"):
+            arguments(tmp_path, **{name: value})
+    assert not set(WITHOUT_EFFECT) - known.keys()  # of the tested version
+    arguments(tmp_path, label_smoothing_factor=0.0, dataloader_in_order=True)
