@@ -7,6 +7,7 @@ zeros, one and the same key for many tokens, numbers so large that every gate is
 limit. At the end of each run all invariants of the equations must hold (`violations`).
 """
 
+import argparse
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from timing import benchmark_parser, publish
+from timing import publish
 from torch import Tensor
 
 from dnc_gpt2 import DNCGPT2Config
@@ -144,7 +145,9 @@ def endure(
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = benchmark_parser(__doc__, repeats=1)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=2, help="threads of torch and of the kernels; default 2")
+    parser.add_argument("--output", help="JSON file to write the table to")
     parser.add_argument("--tokens", type=int, default=1_000_000, help="of each run; default 1,000,000")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="default: all")
     parser.add_argument("--length", type=int, default=512, help="tokens of a call; default 512")

@@ -7,6 +7,7 @@ a moment drawn from its whole duration and resumed, until it finishes; then the 
 many kills as asked for.
 """
 
+import argparse
 import json
 import os
 import random
@@ -16,7 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from timing import benchmark_parser, publish
+from timing import publish
 
 ROOT = Path(__file__).resolve().parent.parent
 KINDS = ("baseline", "dnc")
@@ -56,7 +57,8 @@ def outcome(run: Path) -> dict:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = benchmark_parser(__doc__, repeats=1)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", help="JSON file to write the table to")
     parser.add_argument("--kills", type=int, default=40, help="default 40")
     parser.add_argument("--seed", type=int, default=0, help="of the moments; default 0")
     options = parser.parse_args(arguments)

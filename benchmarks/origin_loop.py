@@ -1,8 +1,8 @@
 """A training step of the origin's system, token by token, against GPT-2's and ours.
 
 The origin's loop calls every projection and the LM head once a token and runs the backbone a second time for the logits
-without memory. Its equations are those of addressing="simplified": tests/test_benchmarks.py shows that logits, loss and
-gradients are the same.
+without memory. Its equations are those of addressing="simplified", read at the top, where ours are read here, too:
+tests/test_benchmarks.py shows that logits, loss and gradients are the same.
 
 python benchmarks/origin_loop.py --threads 2 --output origin_loop.json
 """
@@ -145,7 +145,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             sizes = SIZES[name]
             trainers = {"GPT-2": dnc_trainer(folder, sizes, "baseline"), "origin's loop": origin_trainer(folder, sizes)}
             for addressing in arguments.addressings:
-                trainers[f"ours, {addressing}"] = dnc_trainer(folder, sizes, "dnc", {"addressing": addressing})
+                options = {"addressing": addressing, "memory_layer": sizes.n_layer}  # read at the top, as the loop
+                trainers[f"ours, {addressing}"] = dnc_trainer(folder, sizes, "dnc", options)
             steps = {key: trainer_step(trainer, sizes.inputs()) for key, trainer in trainers.items()}
             times = interleave(steps, arguments.repeats)
             for key, seconds in times.items():
