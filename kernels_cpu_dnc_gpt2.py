@@ -60,6 +60,9 @@ def _compile_kernels() -> None:
 # themselves: numba tells named tuples apart by name only, so that with a second copy of this module every call would
 # take its slow way (a millisecond).
 _ENTRY = {"nogil": True, "no_cpython_wrapper": False, "cache": True}
+# A function that LLVM leaves standing in an entry is there twice: the process that compiles the entry calls the
+# function's own code, one that loads it from the cache the copy optimised within the entry, which rounds otherwise.
+_INLINED = {"forceinline": True}
 
 
 class Interface(NamedTuple):
@@ -866,7 +869,7 @@ def usage_backward(usage, write_weights, read_weights, free_gates, d_usage, d_re
         d_retained[n] = 0
 
 
-@_kernel
+@_kernel(**_INLINED)
 def scale_rows(rows, factors, out):
     """out[n] = factors[n] rows[n]; `out` may be `rows`."""
     for n in range(rows.shape[0]):
@@ -874,7 +877,7 @@ def scale_rows(rows, factors, out):
             out[n, w] = factors[n] * rows[n, w]
 
 
-@_kernel
+@_kernel(**_INLINED)
 def erase_backward(rows, factors, d_rows, d_factors):
     """Backward of `scale_rows`: turns d_rows into that of `rows` and writes d_factors."""
     for n in range(rows.shape[0]):
@@ -885,7 +888,7 @@ def erase_backward(rows, factors, d_rows, d_factors):
         d_factors[n] = total
 
 
-@_kernel
+@_kernel(**_INLINED)
 def update_link(link, precedence, weights):
     """Temporal link [N, N] and precedence [N] after a write, in place."""
     one = link.dtype.type(1)
@@ -900,7 +903,7 @@ def update_link(link, precedence, weights):
         precedence[i] = (one - total) * precedence[i] + weights[i]
 
 
-@_kernel
+@_kernel(**_INLINED)
 def update_link_backward(link, precedence, weights, d_link, d_precedence, d_weights, scratch):
     """Backward of `update_link`, given the old link and precedence; turns d_link and d_precedence into theirs."""
     one = link.dtype.type(1)
@@ -928,7 +931,7 @@ def update_link_backward(link, precedence, weights, d_link, d_precedence, d_weig
         d_weights[j] -= scratch[j]
 
 
-@_kernel
+@_kernel(**_INLINED)
 def sharpen(weights, sharpness, out):
     """out = weights ** sharpness over its sum, both [N]; a weight below SMALLEST counts as 0 and gives 0."""
     zero = weights.dtype.type(0)
@@ -943,7 +946,7 @@ def sharpen(weights, sharpness, out):
             out[n] /= total
 
 
-@_kernel
+@_kernel(**_INLINED)
 def sharpen_backward(weights, sharpness, sharp, gradients):
     """Backward of `sharpen`, in place of the gradients of its result `sharp`; returns that of the sharpness."""
     zero = weights.dtype.type(0)
@@ -1015,7 +1018,7 @@ def mix_modes_backward(directed, content, modes, d_out, d_directed, d_content, d
             d_content[r, n] = modes[r, 1] * d
 
 
-@_kernel
+@_kernel(**_INLINED)
 def scale_masked_keys(keys, strengths, masks, scratch):
     """Squares of the masks, keys * squares * strength * inverse norm, and the inverse norms of keys * masks."""
     squares, scaled, _, lengths, _, _ = scratch
@@ -1030,7 +1033,7 @@ def scale_masked_keys(keys, strengths, masks, scratch):
             scaled[k, w] = strengths[k] * lengths[k] * squares[k, w] * keys[k, w]
 
 
-@_kernel
+@_kernel(**_INLINED)
 def masked_scores(rows, scratch):
     """Scores of the scaled keys and the rows' inverse norms under each mask, both [K, N]."""
     squares, scaled, _, _, scores, inverse = scratch
@@ -1045,7 +1048,7 @@ def masked_scores(rows, scratch):
             scores[k, n] *= inverse[k, n]
 
 
-@_kernel
+@_kernel(**_INLINED)
 def masked_content_weights(keys, strengths, masks, rows, scratch, weights):
     """As `content_weights`, with keys and rows weighed by masks [K, W]."""
     scale_masked_keys(keys, strengths, masks, scratch)
@@ -1054,7 +1057,7 @@ def masked_content_weights(keys, strengths, masks, rows, scratch, weights):
     softmax(weights)
 
 
-@_kernel
+@_kernel(**_INLINED)
 def masked_content_backward(
     keys, strengths, masks, rows, weights, d_weights, scratch, d_keys, d_strengths, d_masks, d_rows
 ):

@@ -4,7 +4,12 @@ The first run compiles the kernels (a minute or so); numba keeps them for the ne
 """
 
 import importlib.util
+import inspect
 import logging
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
 
 import pytest
 import torch
@@ -253,3 +258,29 @@ def test_cache_that_cannot_be_written_is_logged_once(monkeypatch, caplog):
     with caplog.at_level(logging.WARNING):
         copy._compile_kernels()
     assert sum("cannot cache function (test)" in record.getMessage() for record in caplog.records) == 1
+
+
+def test_kernels_from_the_cache_compute_bit_for_bit_what_the_process_that_compiled_them_does(tmp_path):
+    def results(variants) -> list:
+        outputs = []
+        for variant in variants:
+            x, state, config = problem(*variant, (3, 20, 13, 16, 2), torch.float32, masked=True, reset=True)
+            output = ScanOutput(*kernels.fused_scan(x, state, config))
+            outputs.append({**named(output), **{f"d {k}": v for k, v in gradients(output, x, state).items()}})
+        return outputs
+
+    here = results(VARIANTS)
+    source = f"""
+        import sys
+        sys.path[:0] = {[str(Path(cpu.__file__).parent), str(Path(__file__).parent)]!r}
+        import torch
+        from scan_problems import VARIANTS, gradients, named, problem
+        import kernels_dnc_gpt2 as kernels
+        from memory_dnc_gpt2 import ScanOutput
+    """
+    code = textwrap.dedent(source) + textwrap.dedent(inspect.getsource(results))
+    code += f"torch.save(results(VARIANTS), {str(tmp_path / 'there')!r})"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    for ours, theirs in zip(here, torch.load(tmp_path / "there"), strict=True):
+        for name, tensor in ours.items():
+            assert tensor is None or torch.equal(theirs[name], tensor), name
