@@ -5,7 +5,7 @@ to the left of their columns, and the memory's state beside the keys and values 
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -318,7 +318,9 @@ class _WindowCache:
         origins = folding.fold(places).index_select(0, rows)[:, columns]
         last_positions = last_real(layout.positions, real, torch.full_like(lengths, -1))
         position = int(last_positions[0])
-        if (last_positions == position).all() and (lengths == origins.shape[1]).all():
+        # A window whose positions do not begin at its first, or leave some out, holds fewer tokens than its place says.
+        whole = origins.shape[1] == position % self.window_size + 1
+        if whole and (last_positions == position).all() and (lengths == origins.shape[1]).all():
             self.set_alike(real.shape[0], position)
         else:
             self.set_rows(Rows(lengths, last_positions, origins))
@@ -417,6 +419,10 @@ class DNCGPT2Cache(_WindowCache, DynamicCache):
         self.layers = [WindowLayer() for _ in self.layers]
         self.window_size = config.n_positions
         self.forget()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy takes no tokens back: the records would do so in the cache that they were made for.
+        return {**self.__dict__, "_records": []}
 
     def forget(self) -> None:
         """Begin with no token seen."""

@@ -13,6 +13,9 @@ try:
 except ImportError:
     from memory_dnc_gpt2 import DNCMemory, MemoryOutput, MemoryState
 
+MASKED = -1000.0
+"""What is added to the score of a token that is not seen: so much or less, whatever its author wrote for infinity."""
+
 
 def visible_tokens(mask: Tensor, batch: int, tokens: int, seen: int) -> Tensor:
     """[B or 1, heads or 1, T, S], bool or what attention adds to its scores -> [B, T, S] bool, visible to any head.
@@ -27,7 +30,7 @@ def visible_tokens(mask: Tensor, batch: int, tokens: int, seen: int) -> Tensor:
             f"[{batch}, 1, {tokens}, {seen}]."
         )
     if mask.is_floating_point():
-        mask = mask > torch.finfo(mask.dtype).min / 2
+        mask = mask > MASKED
     return mask.bool().any(1).expand(batch, -1, -1)
 
 

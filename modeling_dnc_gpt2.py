@@ -584,6 +584,8 @@ class DNCGPT2Model(DNCGPT2PreTrainedModel, GPT2Model):
             last = (torch.arange(tokens, device=device) * kept_real).amax(-1)
             kept = (visible & same)[torch.arange(batch, device=device), last]
             kept[:, current.shape[1] :] &= kept_real
+            # A row without a new token keeps what it held.
+            kept = torch.where(kept_real.any(-1, keepdim=True), kept, F.pad(current, (0, tokens)))
             last_positions = last_real(positions, kept_real, rows.last_positions)
             cache.keep_some(rows, kept, last_positions, tokens - removed)
 

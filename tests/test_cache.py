@@ -1,5 +1,7 @@
 """The caches: what they hold, tokens taken back, rows chosen, tensors that stay where they are."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -252,3 +254,31 @@ def test_attentions_of_cached_passes_stand_at_the_places_of_the_tokens(tiny_mode
             ours, expected = ours.transpose(1, 2)[real], expected[:, :, start:stop, :stop].transpose(1, 2)[real]
             torch.testing.assert_close(ours, expected)
         start = stop
+
+
+@pytest.mark.parametrize(
+    "kind", [DNCGPT2Cache, lambda config: DNCGPT2StaticCache(config, 16)], ids=["dynamic", "static"]
+)
+@pytest.mark.parametrize(
+    "places", [[1, 2, 3, 4, 5, 6, 7, 8, 9], [3, 4, 6, 7, 8], [10, 11, 12, 13], [7, 9, 10]], ids=str
+)
+def test_positions_that_begin_or_jump_inside_a_window_go_on_token_by_token(tiny_model, kind, places):
+    model, tokens, positions = tiny_model(), random_tokens(2, len(places)), torch.tensor([places])
+    cache, expected = kind(model.config), model(tokens, position_ids=positions)
+    for t in range(len(places)):
+        out = model(tokens[:, t : t + 1], position_ids=positions[:, t : t + 1], past_key_values=cache)
+        torch.testing.assert_close(out.logits[:, 0], expected.logits[:, t])
+    assert_states_close(out.memory_state, expected.memory_state)
+
+
+@torch.no_grad()
+def test_taking_tokens_back_in_a_copy_leaves_the_original_as_it_is(tiny_model):
+    model = tiny_model()
+    cache = DNCGPT2Cache(model.config)
+    cache.activate_past_recording()
+    model(random_tokens(1, 6), past_key_values=cache)
+    with pytest.raises(ValueError, match="goes back behind the 0 tokens"):
+        copy.deepcopy(cache).crop(-2)
+    assert cache.get_seq_length() == 6
+    cache.crop(-2)
+    assert cache.get_seq_length() == 4

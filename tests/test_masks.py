@@ -168,3 +168,24 @@ def test_flattened_batch_of_the_collator_is_its_documents(tiny_model, addressing
     assert_states_close(out.memory_state, separate[-1].memory_state)
     scored = [model(x, labels=x).loss * (x.shape[1] - 1) for x in documents if x.shape[1] > 1]
     torch.testing.assert_close(out.loss, sum(scored) / sum(x.shape[1] - 1 for x in documents))
+
+
+@pytest.mark.parametrize("hidden", [-torch.inf, torch.finfo(torch.float32).min, -1e9, -1e4], ids=str)
+def test_whatever_additive_value_hides_a_token_hides_it_from_the_memory_too(tiny_model, hidden):
+    model, tokens, documents = tiny_model(), random_tokens(2, 8), [[0, 1, 2, 3], [4, 5, 6, 7]]
+    mask = mask_of_paths(documents)
+    additive = torch.zeros(mask.shape, dtype=model.dtype).masked_fill(~mask, hidden)
+    out = model(tokens, attention_mask=additive, position_ids=depths(documents))
+    for document in documents:
+        torch.testing.assert_close(out.logits[:, document], model(tokens[:, document]).logits)
+
+
+def test_a_row_that_gets_padding_alone_under_a_custom_mask_keeps_its_window(tiny_model):
+    model, before, new, last = tiny_model(), random_tokens(2, 4), random_tokens(2, 2), random_tokens(2, 1)
+    cache = model(before, use_cache=True).past_key_values
+    visible = torch.zeros(2, 1, 2, 6, dtype=torch.bool)
+    visible[0] = torch.ones(2, 6, dtype=torch.bool).tril(4)
+    model(new, attention_mask=visible, past_key_values=cache)
+    out = model(last, past_key_values=cache)
+    for row, text in ((0, [before[:1], new[:1], last[:1]]), (1, [before[1:], last[1:]])):
+        torch.testing.assert_close(out.logits[row, -1], model(torch.cat(text, dim=1)).logits[0, -1])
