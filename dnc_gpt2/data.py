@@ -210,8 +210,7 @@ def _load_dataset(
     name, config_name = arguments.dataset_name, arguments.dataset_config_name
     try:
         builder = datasets.load_dataset_builder(name, config_name)
-        # A text file is one record here too; by default `datasets` would make one of every line.
-        options = {"sample_by": "document"} if builder.name == "text" else {}
+        options = _builder_options(builder.name, arguments.text_column)
         split_name = _split_name(arguments, split)
         return datasets.load_dataset(name, config_name, split=split_name, streaming=streaming, **options)
     except Exception as error:  # the hub client, file systems and readers underneath raise errors of a dozen families

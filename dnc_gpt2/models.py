@@ -83,7 +83,7 @@ def new_models(
         baseline = GPT2LMHeadModel(plain)
         baseline.loss_type = "ForCausalLM"  # the default, which the library warns about taking
     else:
-        baseline = load_model(pretrained)
+        baseline = load_model(pretrained).float()  # as the model with memory, whatever the checkpoint was saved in
         if has_memory(baseline):
             raise ValueError(f"{pretrained} already has a memory: start from a plain GPT-2 checkpoint.")
         shorten_positions(baseline, config.n_positions)

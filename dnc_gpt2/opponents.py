@@ -231,7 +231,7 @@ class NeuralCacheRunner(Runner):
                 tokens_held = (words + 1).expand_as(piece_weights)
                 mixture = mix(piece, tokens_held, self.cache.share * piece_weights)
                 chunks.append(prediction_columns(mixture, piece_targets))
-        return {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}
+        return {name: torch.cat([chunk[name] for chunk in chunks]) for name in (chunks[0] if chunks else ())}
 
 
 @torch.no_grad()

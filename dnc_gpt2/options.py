@@ -233,7 +233,7 @@ def remember_run(folder: Path, data: DataArguments, seed: int, arguments: Sequen
     kept, secret = [], False
     for argument in arguments:
         if argument.startswith("--"):
-            secret = argument.split("=")[0].endswith("token")
+            secret = argument.split("=")[0].endswith(("hub_token", "hub-token"))
         if not secret:
             kept.append(argument)
     run = {"data": asdict(data), "seed": seed, "versions": report.versions(), "arguments": kept}

@@ -61,6 +61,8 @@ class StopOnSignal(TrainerCallback):
             self.signal = signal.Signals(int(number))
             control.should_save = control.should_training_stop = True
 
+    on_train_end = on_step_end  # the signal came while the last step's model was evaluated
+
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object):
         if self.signal is not None:  # the epoch has not ended, it was left
             control.should_log = control.should_evaluate = control.should_save = False

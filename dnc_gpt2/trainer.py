@@ -240,7 +240,8 @@ class DNCTrainer(Trainer):
         *_, max_steps = self.set_initial_training_values(self.args, self.get_train_dataloader())
         if state.global_step < max_steps:
             return False
-        self._load_from_checkpoint(checkpoint)
+        best = state.best_model_checkpoint if self.args.load_best_model_at_end else None
+        self._load_from_checkpoint(best if best and Path(best).is_dir() else checkpoint)
         self.state = state
         return True
 
@@ -306,7 +307,8 @@ class DNCTrainer(Trainer):
             state = self.memory_states.get(micro_batch) if self.carry_memory else None
             compared = take_sample(scored, self.args.routing_sample) if self.args.lambda_routing > 0 else False
             inputs |= {"memory_state": state, "output_memory": True, "output_divergence": compared}
-        num_items = scored.sum() if num_items_in_batch is None else num_items_in_batch
+        # Of a process whose rows are all empty there is nothing to divide.
+        num_items = torch.as_tensor(scored.sum() if num_items_in_batch is None else num_items_in_batch).clamp_min(1)
         outputs = model(**inputs, num_items_in_batch=num_items, use_cache=False, output_logits=False)
         loss = outputs.loss
         self._add("targets", scored.sum())

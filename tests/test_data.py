@@ -178,6 +178,13 @@ def test_a_local_folder_is_a_data_set(tmp_path, kind):
         load_texts(DataArguments(dataset_name=name, dataset_config_name="other"))
 
 
+def test_a_local_folder_is_read_as_its_files_are(tmp_path):
+    path = write(tmp_path / "train.csv", "text\nNA\n007\nnull\n")
+    expected = ["NA", "007", "null"]
+    assert read(path) == expected
+    assert load_texts(DataArguments(dataset_name=str(tmp_path)), ["train"]) == {"train": expected}
+
+
 def test_text_files_of_a_local_folder_stay_whole(tmp_path):
     write(tmp_path / "train-1.txt", "one\n\ntwo\n")
     write(tmp_path / "train-2.txt", "three")

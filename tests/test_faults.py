@@ -1,6 +1,7 @@
 """Killed, told to stop, out of room: what is saved stays whole, and a resumed run is the unbroken one, bit for bit."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -10,9 +11,10 @@ import pytest
 import torch
 from fault_worker import run_process
 from safetensors.torch import load_file
-from tiny_runs import tiny_options
+from tiny_runs import tiny_options, tiny_run
 
 from dnc_gpt2.checkpoints import MANIFEST, fault, newest_whole, numbered
+from dnc_gpt2.trainer import DNCTrainer
 
 MEASURED = ("train_runtime", "eval_runtime", "tokens_per_second", "train_samples_per_second", "train_steps_per_second")
 OPTIONS = {
@@ -275,3 +277,19 @@ def test_every_whole_checkpoint_knows_its_step_seed_and_versions(unbroken):
         assert (f"checkpoint-{manifest['step']}", manifest["seed"]) == (path.name, 5)
         assert {"python", "torch", "transformers"} <= set(manifest["versions"])
         assert set(manifest["files"]) == {file.name for file in path.iterdir()} - {MANIFEST}
+
+
+def test_a_signal_while_the_last_step_is_evaluated_ends_the_run(tmp_path, monkeypatch):
+    evaluate, sent = DNCTrainer.evaluate, []
+
+    def interrupted(self, *args, **kwargs):
+        if self.state.global_step == self.state.max_steps and not sent:
+            sent.append(self.args.output_dir)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(self, *args, **kwargs)
+
+    monkeypatch.setattr(DNCTrainer, "evaluate", interrupted)
+    with pytest.raises(SystemExit) as end:
+        tiny_run(tmp_path)
+    assert end.value.code == 128 + signal.SIGTERM
+    assert len(sent) == 1 and not (tmp_path / "run" / "dnc").exists()

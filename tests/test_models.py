@@ -71,6 +71,14 @@ def test_pretrained_models_start_with_the_logits_of_the_checkpoint(gpt2_folder):
         assert torch.equal(model.eval()(tokens).logits, reference(tokens).logits)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_models_from_a_checkpoint_of_any_dtype_are_trained_in_one(gpt2_folder, tmp_path, dtype):
+    load_model(gpt2_folder).to(dtype).save_pretrained(tmp_path)
+    memory = DNCGPT2Config.from_pretrained(tmp_path, mem_slots=5, mem_width=6)
+    models = new_models(memory, KINDS, seed=0, pretrained=str(tmp_path))
+    assert {parameter.dtype for model in models.values() for parameter in model.parameters()} == {torch.float32}
+
+
 def test_a_window_shorter_than_the_checkpoints_drops_the_later_positions(gpt2_folder):
     memory = DNCGPT2Config.from_pretrained(gpt2_folder, mem_slots=5, mem_width=6, n_positions=8)
     models = new_models(memory, KINDS, seed=0, pretrained=gpt2_folder)

@@ -584,3 +584,14 @@ def test_the_script_ends_with_one_line_and_no_traceback(folder, tmp_path):
     assert result.returncode != 0 and result.stdout == ""
     assert result.stderr.splitlines() == ["train.py: file missing.txt does not exist; check the path"]
     assert [path.name for path in tmp_path.iterdir()] == ["validation.txt"]
+
+
+def test_a_finished_run_that_kept_its_best_model_still_has_it_when_resumed(tmp_path):
+    options = {"model": "baseline", "save_steps": 1, "eval_steps": 1, "max_steps": 3, "learning_rate": 1.0}
+    options |= {"load_best_model_at_end": True, "lr_scheduler_type": "constant"}
+    tiny_run(tmp_path, **options)
+    weights = tmp_path / "run" / "baseline" / "model.safetensors"
+    best, last = weights.read_bytes(), (weights.parent / "checkpoint-3" / "model.safetensors").read_bytes()
+    assert best != last
+    tiny_run(tmp_path, **options, resume_from_checkpoint="true")
+    assert weights.read_bytes() == best

@@ -615,3 +615,12 @@ def test_options_of_the_library_that_would_have_no_effect_are_refused(tmp_path):
             arguments(tmp_path, **{name: value})
     assert not set(WITHOUT_EFFECT) - known.keys()  # of the tested version
     arguments(tmp_path, label_smoothing_factor=0.0, dataloader_in_order=True)
+
+
+def test_a_process_whose_rows_are_all_empty_has_no_loss(tmp_path, tiny_config):
+    model = new_models(tiny_config(vocab_size=VOCABULARY), ["dnc"], seed=0)["dnc"]
+    dataset = examples(100)
+    trainer = DNCTrainer(model, arguments(tmp_path), dataset)
+    batch = collate([dataset[EMPTY], dataset[EMPTY]])
+    assert (batch["shift_labels"] == IGNORED).all()
+    assert trainer.compute_loss(model, batch, num_items_in_batch=torch.tensor(0)) == 0
