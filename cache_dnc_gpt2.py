@@ -577,12 +577,23 @@ class DNCGPT2StaticCache(_WindowCache, StaticCache):
     def set_alike(self, batch: int, position: int) -> None:
         """Note that every row has seen the tokens up to `position`."""
         counts = position % self.window_size + 1, position
+        self.check_room(counts[0])
         device = self.layers[0].device
         self.set_rows(Rows(*(torch.full((batch,), count, device=device) for count in counts), None))
 
     def room(self, lengths: Tensor, seen: int) -> int:
         """Columns that any rows need."""
+        if not torch.compiler.is_compiling():
+            self.check_room(int(lengths.amax()))
         return self.columns
+
+    def check_room(self, tokens: int) -> None:
+        """Raise a ValueError if so many tokens of one window do not fit."""
+        if tokens > self.columns:
+            raise ValueError(
+                f"A static cache of {self.columns} tokens has no room for the {tokens} of this window: make it "
+                f"with max_cache_len={self.window_size} or more."
+            )
 
     def width(self, columns: Tensor) -> int:
         """Number of columns, whatever is put in them."""

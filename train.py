@@ -7,10 +7,9 @@ import copy
 import logging
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import datasets
 import torch
@@ -67,7 +66,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         (ModelArguments, DataArguments, DNCTrainingArguments), arguments, EMBEDDED, extra
     )
     if options.num_gpus is not None:
-        sys.exit(launch(options.num_gpus, sys.argv[1:] if arguments is None else arguments))
+        launch(options.num_gpus, sys.argv[1:] if arguments is None else arguments)
     quiet = not sys.stderr.isatty() or training.process_index != 0
     training.disable_tqdm = training.disable_tqdm or quiet
     if quiet:
@@ -82,7 +81,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     if options.opponents and model_arguments.model != "both":
         sys.exit(f"train.py: --opponents {','.join(options.opponents)} needs --model both.")
     kinds = [*model_arguments.kinds, *(TRAINED[name] for name in options.opponents if name in TRAINED)]
-    check_output(run, kinds, training)
+    check_output(run, kinds, training, model_arguments.model_name_or_path)
     checkpoints = {kind: checkpoint_to_resume(run, kind, kinds, training) for kind in kinds}
     if model_arguments.model_name_or_path:
         require_checkpoint(model_arguments.model_name_or_path)
@@ -199,8 +198,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     return comparison
 
 
-def check_output(run: Path, kinds: list[str], training: DNCTrainingArguments) -> None:
-    """End the process where the run would damage an earlier one."""
+def check_output(run: Path, kinds: list[str], training: DNCTrainingArguments, source: str | None) -> None:
+    """End the process where the run would damage an earlier one, or the checkpoint `source` that it starts from."""
     if run.is_file():
         sys.exit(f"train.py: {run} is a file; choose another --output_dir.")
     existing = next(folder for folder in (run, *run.resolve().parents) if folder.exists())
@@ -211,6 +210,11 @@ def check_output(run: Path, kinds: list[str], training: DNCTrainingArguments) ->
         sys.exit(
             f"train.py: --overwrite_output_dir would delete what --resume_from_checkpoint {resume} goes on from; "
             "give one of the two."
+        )
+    if training.overwrite_output_dir and source and run.resolve() in Path(source).resolve().parents:
+        sys.exit(
+            f"train.py: --overwrite_output_dir would delete {source}, which --model_name_or_path starts from; choose "
+            "another --output_dir."
         )
     taken = [str(run / kind) for kind in kinds if (run / kind).is_dir() and any((run / kind).iterdir())]
     taken += [str(run / "comparison.json")] * (run / "comparison.json").exists()
@@ -397,8 +401,8 @@ def mention_idle_gpus(training: DNCTrainingArguments) -> None:
         )
 
 
-def launch(num_gpus: int, arguments: list[str]) -> int:
-    """Start one process a GPU through `accelerate launch`; returns its exit code."""
+def launch(num_gpus: int, arguments: list[str]) -> NoReturn:
+    """Become `accelerate launch` with one process a GPU."""
     rest, skip = [], False
     for argument in arguments:
         if argument == "--num_gpus":
@@ -407,8 +411,8 @@ def launch(num_gpus: int, arguments: list[str]) -> int:
             skip = False
         elif not argument.startswith("--num_gpus="):
             rest.append(argument)
-    command = ["accelerate", "launch", "--num_processes", str(num_gpus), "--multi_gpu", __file__, *rest]
-    return subprocess.call(command)
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(num_gpus), "--multi_gpu"]
+    os.execv(sys.executable, [*launcher, __file__, *rest])  # in place of this process, so that signals reach it
 
 
 if __name__ == "__main__":

@@ -241,6 +241,16 @@ def remember_run(folder: Path, data: DataArguments, seed: int, arguments: Sequen
 
 
 def recall_run(folder: str) -> dict[str, Any] | None:
-    """What `remember_run` wrote into a checkpoint; `None` where it wrote nothing."""
+    """What `remember_run` wrote into a checkpoint; `None` where it wrote nothing.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
     path = Path(folder) / RUN_FILE
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    if not path.is_file():
+        return None
+    try:
+        run = json.loads(path.read_text(encoding="utf-8"))
+        return {**run, "data": {**run["data"]}}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error}): remove it, and name the data on the command line.") from error

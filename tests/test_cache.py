@@ -282,3 +282,12 @@ def test_taking_tokens_back_in_a_copy_leaves_the_original_as_it_is(tiny_model):
     assert cache.get_seq_length() == 6
     cache.crop(-2)
     assert cache.get_seq_length() == 4
+
+
+@pytest.mark.parametrize(
+    "mask", [None, torch.tensor([[0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]])], ids=["alike", "padded"]
+)
+def test_a_static_cache_without_room_for_a_window_is_refused(tiny_model, mask):
+    model = tiny_model()
+    with pytest.raises(ValueError, match=r"cache of 4 tokens has no room for the 6 .*max_cache_len=8"):
+        model(random_tokens(2, 6), attention_mask=mask, past_key_values=DNCGPT2StaticCache(model.config, 4))

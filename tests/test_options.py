@@ -241,3 +241,10 @@ def test_help_lists_the_options(capsys):
     assert end.value.code == 0
     shown = capsys.readouterr().out
     assert all(flag in shown for flag in ("--hidden_size", "--seq_len", "--lambda_routing", "--config"))
+
+
+@pytest.mark.parametrize("content", ["", "{", '{"data": 3}', "[]", "{}"])
+def test_a_damaged_run_file_is_named(tmp_path, content):
+    (tmp_path / "run.json").write_text(content)
+    with pytest.raises(ValueError, match=r"run\.json is damaged .*remove it"):
+        recall_run(str(tmp_path))

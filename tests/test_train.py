@@ -302,12 +302,16 @@ def test_one_of_several_gpus_is_used_and_the_rest_is_mentioned(tmp_path, monkeyp
 
 def test_num_gpus_starts_as_many_processes_with_the_other_options(monkeypatch):
     commands = []
-    monkeypatch.setattr(subprocess, "call", lambda command: commands.append(command) or 3)
-    with pytest.raises(SystemExit) as end:
+
+    def become(program, command):
+        commands.append(command)
+        sys.exit(3)  # what takes the place of the process never returns to it
+
+    monkeypatch.setattr(os, "execv", become)
+    with pytest.raises(SystemExit):
         train.main(["--seq_len", "8", "--num_gpus", "2", "--max_steps=4"])
-    assert end.value.code == 3
     (command,) = commands
-    assert command[:4] == ["accelerate", "launch", "--num_processes", "2"]
+    assert command[:5] == [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2"]
     assert command[-3:] == ["--seq_len", "8", "--max_steps=4"]
 
 
@@ -595,3 +599,11 @@ def test_a_finished_run_that_kept_its_best_model_still_has_it_when_resumed(tmp_p
     assert best != last
     tiny_run(tmp_path, **options, resume_from_checkpoint="true")
     assert weights.read_bytes() == best
+
+
+def test_a_run_that_would_delete_the_checkpoint_it_starts_from_is_refused(folder, run, tmp_path):
+    shutil.copytree(folder / "run" / "baseline", tmp_path / "run" / "baseline")
+    source = tmp_path / "run" / "baseline"
+    with pytest.raises(SystemExit, match=r"would delete .*baseline, which --model_name_or_path starts from"):
+        tiny_run(tmp_path, model_name_or_path=source, overwrite_output_dir=True)
+    assert (source / "model.safetensors").is_file()
