@@ -884,6 +884,8 @@ class DNCGPT2LMHeadModel(DNCGPT2PreTrainedModel, GenerationMixin):
         tokens = tokens.clone(memory_format=torch.contiguous_format)  # strides that do not change from step to step
         inputs = {"input_ids": None, "inputs_embeds": tokens} if embedded else {"input_ids": tokens}
         along = {"position_ids": kwargs.pop("position_ids", None), "token_type_ids": kwargs.pop("token_type_ids", None)}
+        if (reset := kwargs.pop("memory_reset", None)) is not None:  # the prompt's: no later token empties the memory
+            along["memory_reset"] = F.pad(reset, (0, max(0, input_ids.shape[1] - reset.shape[1])))
         if attention_mask is None or attention_mask.dim() == 2:
             along["attention_mask"] = attention_mask
         else:

@@ -270,6 +270,8 @@ def compare_checkpoints(
                 "cannot be compared: compare checkpoints of one tokenizer."
             )
     plain, entries = _scored_by(opponents, checkpoints, cache_entries, trusted)
+    if "neural_cache" in opponents:
+        load_corpus(data, ("train",))  # if it cannot be had to tune on, say so before anything is evaluated
     comparison = Comparison(corpus, tokenizer, data, output_dir, **options)
     for name, path in checkpoints.items():
         comparison.add(name, path)

@@ -220,8 +220,8 @@ def _load_dataset(
             remedy = "check the name: a data set on the hub, or a local folder with data files"
         elif "namespace/name" in str(error):
             remedy = "name the data set with its namespace, such as Salesforce/wikitext"
-        elif "Unknown split" in str(error):
-            remedy = f"choose another one with --{split}_split"
+        elif "Unknown split" in str(error) or "Bad split" in str(error):  # the latter of a stream
+            remedy = f"choose another one with --{split}_split; a stream has no slices"
         else:
             remedy = "check --dataset_name and --dataset_config_name, or use --train_file and --validation_file"
         raise DataError(f"cannot load data set {name!r}: {_reason(error)} ({remedy})") from error

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_modeling import plain_gpt2
+from test_modeling import plain_gpt2, random_tokens
 from torch import Tensor
 from transformers.generation import stopping_criteria
 from transformers.generation.streamers import BaseStreamer
@@ -329,3 +329,16 @@ def test_the_window_is_no_maximum_length(tiny_model, monkeypatch):
     with pytest.raises(IndexError):
         generate(plain_gpt2(model), prompt(1, 2))
     assert "maximum length" in said[0]  # what was listened for
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_the_prompt_may_empty_the_memory_in_its_middle(tiny_model, use_cache):
+    model, prompt = tiny_model(), random_tokens(2, 12)
+    reset = torch.zeros(2, 12, dtype=torch.bool)
+    reset[:, 11] = True
+    options = {"max_new_tokens": 6, "do_sample": False, "use_cache": use_cache, "return_dict_in_generate": True}
+    out = model.generate(prompt, memory_reset=reset, output_logits=True, **options)
+    later = torch.zeros(2, out.sequences.shape[1] - 1, dtype=torch.bool)
+    later[:, 11] = True
+    expected = model(out.sequences[:, :-1], memory_reset=later).logits[:, 11:]
+    torch.testing.assert_close(torch.stack(out.logits, dim=1), expected.float())

@@ -530,6 +530,11 @@ def test_the_neural_cache_has_as_many_entries_as_asked_for_without_a_memory(fold
         ("compare", ["BASELINE", "--opponents", "neural_cache"], ("neural_cache", "with memory", "--cache_entries")),
         ("compare", ["BASELINE", "DNC", "--cache_entries", "5"], ("--cache_entries 5", "--opponents neural_cache")),
         ("compare", ["BASELINE", "--opponents", "neural_cache", "--cache_entries", "0"], ("cache_entries=0",)),
+        (
+            "compare",
+            ["BASELINE", "DNC", "--opponents", "neural_cache", "--validation_file", "TEXT"],
+            ("no train text",),
+        ),
         ("compare", ["BASELINE", "--opponents", "cache"], ("cache", "widened,neural_cache")),
     ],
     ids=lambda value: str(value) if isinstance(value, dict | list) else "",
@@ -541,8 +546,8 @@ def test_bad_input_is_one_line_before_anything_is_trained_or_evaluated(
     if script == "train":
         arguments = command_line(tiny_options(folder, output_dir=out, **arguments))
     else:
-        places = {"BASELINE": "baseline", "DNC": "dnc"}
-        arguments = [str(folder / "run" / places[word]) if word in places else word for word in arguments]
+        places = {"BASELINE": "run/baseline", "DNC": "run/dnc", "TEXT": "validation.txt"}
+        arguments = [str(folder / places[word]) if word in places else word for word in arguments]
         arguments += ["--output_dir", str(out), "--use_cpu"]
     with pytest.raises(SystemExit) as end, one_line_errors(script):
         {"train": train, "compare": compare}[script].main(arguments)
