@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import GPT2LMHeadModel, PreTrainedModel
+from transformers import AutoConfig, GPT2LMHeadModel, PreTrainedModel
 
 from configuration_dnc_gpt2 import DNCGPT2Config
 from pointer_dnc_gpt2 import mix
@@ -67,6 +67,13 @@ def check_opponents(names: list[str], config: DNCGPT2Config, example_length: int
         reasons["long_window"] = "needs examples of several windows: raise --windows_per_example or leave it out"
     if pretrained:
         reasons["widened"] = f"cannot start from {pretrained}, which has its own width: leave it out"
+        if (
+            "long_window" in names
+            and (positions := AutoConfig.from_pretrained(pretrained).n_positions) < example_length
+        ):
+            reasons["long_window"] = (
+                f"needs windows of {example_length} tokens, but {pretrained} has {positions} positions: leave it out"
+            )
     for name in names:
         if name in reasons:
             raise ValueError(f"--opponents {name} {reasons[name]}.")

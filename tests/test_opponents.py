@@ -524,6 +524,11 @@ def test_the_neural_cache_has_as_many_entries_as_asked_for_without_a_memory(fold
         ("train", {"opponents": "widened", "model": "dnc"}, ("--opponents widened", "--model both")),
         ("train", {"opponents": "simplified", "addressing": "simplified"}, ("--opponents simplified", "leave it out")),
         ("train", {"opponents": "long_window", "windows_per_example": 1}, ("long_window", "--windows_per_example")),
+        (
+            "train",
+            {"opponents": "long_window", "model_name_or_path": "BASELINE"},
+            ("long_window needs windows of 16 tokens", "has 8 positions"),
+        ),
         ("train", {"held_out_tokens": 10**6}, ("held_out_tokens=1000000", "training text")),
         ("train", {"held_out_tokens": -1}, ("held_out_tokens=-1",)),
         ("compare", ["DNC", "--opponents", "neural_cache"], ("neural_cache", "plain GPT-2")),
@@ -546,9 +551,9 @@ def test_bad_input_is_one_line_before_anything_is_trained_or_evaluated(
     if script == "train":
         arguments = command_line(tiny_options(folder, output_dir=out, **arguments))
     else:
-        places = {"BASELINE": "run/baseline", "DNC": "run/dnc", "TEXT": "validation.txt"}
-        arguments = [str(folder / places[word]) if word in places else word for word in arguments]
-        arguments += ["--output_dir", str(out), "--use_cpu"]
+        arguments = [*arguments, "--output_dir", str(out), "--use_cpu"]
+    places = {"BASELINE": "run/baseline", "DNC": "run/dnc", "TEXT": "validation.txt"}
+    arguments = [str(folder / places[word]) if word in places else word for word in arguments]
     with pytest.raises(SystemExit) as end, one_line_errors(script):
         {"train": train, "compare": compare}[script].main(arguments)
     message = end.value.code if isinstance(end.value.code, str) else capsys.readouterr().err.strip()
