@@ -67,10 +67,9 @@ def check_opponents(names: list[str], config: DNCGPT2Config, example_length: int
         reasons["long_window"] = "needs examples of several windows: raise --windows_per_example or leave it out"
     if pretrained:
         reasons["widened"] = f"cannot start from {pretrained}, which has its own width: leave it out"
-        if (
-            "long_window" in names
-            and (positions := AutoConfig.from_pretrained(pretrained).n_positions) < example_length
-        ):
+    if pretrained and "long_window" in names:
+        positions = AutoConfig.from_pretrained(pretrained).n_positions
+        if positions < example_length:
             reasons["long_window"] = (
                 f"needs windows of {example_length} tokens, but {pretrained} has {positions} positions: leave it out"
             )
