@@ -42,7 +42,7 @@ class Comparison:
     The first model is the reference: of every other the paired difference of losses is reported.
 
     Args:
-        corpus: its validation text is scored.
+        corpus: its validation text is scored; on its training text, read again if it is not there, a cache is tuned.
         tokenizer: of all models.
         data: how the text is read.
         output_dir: folder of comparison.json and comparison.md.
@@ -75,6 +75,7 @@ class Comparison:
         self.accelerator, self.batch_size, self.inspect = accelerator, batch_size, inspect
         self.report_path = report_path
         self.trust_remote_code, self.progress = trust_remote_code, progress
+        self.training_texts = corpus.texts.get("train")
         self.text = tokenize_texts(corpus.texts["validation"], tokenizer, "validation", data.max_eval_tokens)
         self.dataset = evaluation_dataset(self.text, data)
         self.exam = Exam.of(corpus, self.dataset, tokenizer) if corpus.questions else None
@@ -211,8 +212,8 @@ class Comparison:
                 "may trust the model too much: train with --held_out_tokens %d.",
                 TUNING_TOKENS,
             )
-        corpus = load_corpus(data, ("train",))
-        text = tokenize_texts(corpus.texts["train"], self.tokenizer, "training", data.max_train_tokens)
+        texts = self.training_texts or load_corpus(data, ("train",)).texts["train"]
+        text = tokenize_texts(texts, self.tokenizer, "training", data.max_train_tokens)
         if data.held_out_tokens:
             _, text = split_end(text, data.held_out_tokens, self.tokenizer)
         return tune_neural_cache(
@@ -258,7 +259,7 @@ def compare_checkpoints(
         require_checkpoint(path)
     trusted = options.get("trust_remote_code", False)
     tokenizers = {name: load_tokenizer(path, trusted) for name, path in checkpoints.items()}
-    corpus = load_corpus(data, ("validation",))
+    corpus = load_corpus(data, ("validation", "train") if "neural_cache" in opponents else ("validation",))
     sample = corpus.texts["validation"][0][:10_000]
     reference, *others = tokenizers
     tokenizer = tokenizers[reference]
@@ -270,8 +271,6 @@ def compare_checkpoints(
                 "cannot be compared: compare checkpoints of one tokenizer."
             )
     plain, entries = _scored_by(opponents, checkpoints, cache_entries, trusted)
-    if "neural_cache" in opponents:
-        load_corpus(data, ("train",))  # if it cannot be had to tune on, say so before anything is evaluated
     comparison = Comparison(corpus, tokenizer, data, output_dir, **options)
     for name, path in checkpoints.items():
         comparison.add(name, path)

@@ -269,7 +269,7 @@ def test_kernels_from_the_cache_compute_bit_for_bit_what_the_process_that_compil
             outputs.append({**named(output), **{f"d {k}": v for k, v in gradients(output, x, state).items()}})
         return outputs
 
-    here = results(VARIANTS)
+    here = results(VARIANTS)  # compiled in this process where the cache is empty, as in every fresh clone
     source = f"""
         import sys
         sys.path[:0] = {[str(Path(cpu.__file__).parent), str(Path(__file__).parent)]!r}

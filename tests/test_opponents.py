@@ -242,7 +242,7 @@ def test_overlapping_windows_equal_scoring_each_token_alone(gpt2, window, stream
 
 @pytest.mark.parametrize("carry_memory", [True, False])
 @pytest.mark.parametrize("opponent", ["neural_cache", "overlapping"])
-@pytest.mark.parametrize(("tokens", "streams"), [(90, 3), (20, 1)], ids=["", "a process without text"])
+@pytest.mark.parametrize(("tokens", "streams"), [(90, 3), (20, 1)], ids=["text for both", "for one"])
 def test_several_processes_score_what_one_does(gpt2, opponent, carry_memory, tokens, streams):
     model = gpt2()
     dataset = ExampleDataset(random_text(tokens), 8, 2, streams=streams if carry_memory else None)
