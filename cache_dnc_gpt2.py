@@ -491,6 +491,11 @@ class DNCGPT2Cache(_WindowCache, DynamicCache):
         """From now on keep what `crop` needs to go back to before any token since the last `crop`."""
         self.layers[-1].record_past = True
 
+    def end_past_recording(self) -> None:
+        """Keep nothing of the past any more."""
+        self.layers[-1].record_past = False
+        self._records.clear()
+
     def snapshot(self) -> Snapshot:
         """The cache as it is. Calls replace its tensors and leave those of the snapshot alone."""
         keys_and_values = [(layer.keys, layer.values) for layer in self.layers]

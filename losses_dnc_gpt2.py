@@ -121,7 +121,10 @@ def _linear_cross_entropy(
     compared: Tensor | None,
     weight_gradient: bool,
 ) -> list[Tensor]:
-    """Fields of `TokenLosses`, then the loss's gradients to `hidden` and (else empty) `weight`."""
+    """Fields of `TokenLosses`, then the loss's gradients to `hidden` and (else empty) `weight`.
+
+    The latter is a sum over all tokens, which float16 may not hold before it is divided by their number.
+    """
     precise = torch.promote_types(hidden.dtype, torch.float32)
     loss = hidden.new_zeros((), dtype=precise)
     correct = torch.zeros_like(targets, dtype=torch.bool)
@@ -150,7 +153,7 @@ def _linear_cross_entropy(
             read = x[among].to(precise) - base_hidden[places]
             difference = torch.linalg.vecdot(mean, read)
             divergence[places] = difference - normalizers[among] + _normalizers(base)
-    return [loss, correct, divergence, d_hidden, d_weight.to(weight.dtype)]
+    return [loss, correct, divergence, d_hidden, d_weight]
 
 
 def _pieces(logits: Tensor) -> list[Tensor]:
@@ -202,14 +205,15 @@ def _linear_cross_entropy_fake(hidden, weight, targets, base_hidden, compared, w
         torch.empty_like(targets, dtype=torch.bool),
         hidden.new_empty(targets.shape, dtype=precise),
         torch.empty_like(hidden),
-        weight.new_empty(weight.shape if weight_gradient else (0,)),
+        weight.new_empty(weight.shape if weight_gradient else (0,), dtype=precise),
     ]
 
 
 def _save_for_backward(ctx, inputs, output) -> None:
     *_, d_hidden, d_weight = output
     ctx.save_for_backward(d_hidden, d_weight)
-    ctx.weight_gradient = inputs[-1]
+    _, weight, *_, ctx.weight_gradient = inputs
+    ctx.weight_dtype = weight.dtype
 
 
 def _backward(ctx, gradients: list[Tensor]):
@@ -218,7 +222,7 @@ def _backward(ctx, gradients: list[Tensor]):
     d_hidden, d_weight = ctx.saved_tensors
     d_loss = gradients[0]
     d_hidden = d_hidden.mul_(d_loss)
-    d_weight = d_weight.mul_(d_loss) if ctx.weight_gradient else None
+    d_weight = d_weight.mul_(d_loss).to(ctx.weight_dtype) if ctx.weight_gradient else None
     return d_hidden, d_weight, None, None, None, None
 
 

@@ -110,10 +110,7 @@ class DNCGPT2PreTrainedModel(GPT2PreTrainedModel):
     """Loading, saving and initialisation."""
 
     config: DNCGPT2Config
-    config_class = DNCGPT2Config
     _no_split_modules = ["GPT2Block", "DNCMemory"]
-    _can_compile_fullgraph = True
-    _is_stateful = False
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
@@ -227,7 +224,10 @@ class DNCGPT2Model(DNCGPT2PreTrainedModel, GPT2Model):
         custom = attention_mask is not None and attention_mask.dim() == 4
         mask = None if custom else self._real_tokens(attention_mask, batch, tokens)
         use_cache = self.config.use_cache if use_cache is None else use_cache
-        use_cache = use_cache and not (self.gradient_checkpointing and self.training)
+        if self.gradient_checkpointing and self.training:
+            if past_key_values is not None:
+                self._check_nothing_cached(past_key_values)
+            past_key_values, use_cache = None, False
         # A cache that is given is gone on from, whether or not a new one would be made.
         cache = self._cache(past_key_values, batch) if use_cache or past_key_values is not None else None
         if output_base_hidden_state and self.mid_stack and cache is not None and cache.has_tokens:
@@ -353,6 +353,16 @@ class DNCGPT2Model(DNCGPT2PreTrainedModel, GPT2Model):
             )
         mask = attention_mask[:, -tokens:].bool()
         return None if _all(mask) else mask
+
+    @staticmethod
+    def _check_nothing_cached(past_key_values: Cache) -> None:
+        """Gradient checkpointing computes a block twice, which would fill a cache twice: an empty one stays so."""
+        if past_key_values.get_seq_length() > 0:
+            raise ValueError(
+                "Gradient checkpointing cannot go on from past_key_values while training: pass the memory_state at "
+                "the end of a window, or call gradient_checkpointing_disable()."
+            )
+        logger.warning_once("Gradient checkpointing fills no cache while training: past_key_values stays empty.")
 
     def _cache(self, past_key_values: Cache | None, batch: int) -> DNCGPT2Cache | DNCGPT2StaticCache:
         if past_key_values is None:
@@ -855,6 +865,15 @@ class DNCGPT2LMHeadModel(DNCGPT2PreTrainedModel, GenerationMixin):
             model_kwargs["past_key_values"] = cache = DNCGPT2Cache(self.config, cache.offloading)
             if generation_config.is_assistant:
                 cache.activate_past_recording()
+
+    def _assisted_decoding(self, *args, inputs_tensor: Tensor | None = None, **kwargs):
+        # What comes later takes no tokens back: it is not to pay for that.
+        cache = kwargs.get("past_key_values")
+        recording = getattr(cache, "is_recording", True)  # without a cache that can record, transformers refuses
+        output = super()._assisted_decoding(*args, inputs_tensor=inputs_tensor, **kwargs)
+        if not recording:
+            cache.end_past_recording()
+        return output
 
     def _prepare_static_cache(self, cache_implementation, batch_size, max_cache_len, *args, **kwargs) -> Cache:
         # As transformers, a cache as long as the longest before keeps compiled code in use.

@@ -152,9 +152,8 @@ def parse(
         if not flags.isdisjoint(named) and flags.isdisjoint(other):
             options = {name: value for name, value in options.items() if name not in other}
     data_named = data_named or any(options.get(name) for name in DATA_SOURCES)
-    parser.set_defaults(
-        **{name: value for name, value in (defaults or {}).items() if not (data_named and name in DATA_SOURCES)}
-    )
+    source = (*DATA_SOURCES, "streaming") if data_named else ()
+    parser.set_defaults(**{name: value for name, value in (defaults or {}).items() if name not in source})
     parser.set_defaults(**options)
     try:
         *objects, rest = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)

@@ -216,6 +216,18 @@ def test_assisted_decoding_begins_with_a_padded_prompt(tiny_model):
         assert torch.equal(generate(model, tokens, attention_mask=mask, **options)[:, 4:], expected)
 
 
+def test_a_cache_records_no_past_after_assisted_decoding_unless_it_did_before(tiny_model):
+    model, tokens = tiny_model(), prompt(1, 3).repeat(1, 4)
+    expected = generate(model, tokens)
+    for recording in (False, True):
+        cache = DNCGPT2Cache(model.config)
+        if recording:
+            cache.activate_past_recording()
+        first = generate(model, tokens, past_key_values=cache, prompt_lookup_num_tokens=4, max_new_tokens=6)
+        assert cache.is_recording == recording
+        assert torch.equal(generate(model, first, past_key_values=cache, max_new_tokens=NEW - 6), expected)
+
+
 def test_assisted_sampling_draws_valid_tokens(tiny_model):
     model, tokens = tiny_model(), prompt(1)
     out = generate(model, tokens, assistant_model=tiny_model(n_layer=1), do_sample=True, num_assistant_tokens=4)

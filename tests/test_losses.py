@@ -114,6 +114,19 @@ def test_a_second_backward_pass_is_refused_and_not_wrong():
         loss.backward()
 
 
+def test_a_gradient_of_the_weight_that_float16_holds_as_a_mean_alone_does_not_overflow_as_a_sum(monkeypatch):
+    monkeypatch.setattr(losses, "chunk_length", lambda *_: 256)
+    _, weight, _, _ = problem(1, 5, 3, dtype=torch.float32)
+    x, targets = torch.full((4000, 3), 50.0), torch.zeros(4000, dtype=torch.long)
+    gradients = []
+    for enabled in (True, False):
+        with torch.autocast("cpu", torch.float16, enabled=enabled):
+            loss = linear_cross_entropy(x, weight, targets).loss
+        gradients += torch.autograd.grad(loss / len(x), weight)
+    assert (len(x) * gradients[1]).abs().max() > torch.finfo(torch.float16).max
+    torch.testing.assert_close(*gradients, rtol=2e-2, atol=1e-2)
+
+
 def test_large_logits_stay_finite():
     x, weight, targets, base = problem(9, 11, 5, dtype=torch.float32)
     result = linear_cross_entropy(1e4 * x, weight, targets, -1e4 * base)

@@ -676,6 +676,19 @@ def test_gradient_checkpointing_gives_the_same_gradients(tiny_model, memory):
         torch.testing.assert_close(gradient, expected[name], rtol=1e-10, atol=1e-12)
 
 
+def test_gradient_checkpointing_leaves_an_empty_cache_empty_and_refuses_a_full_one(tiny_model):
+    model, tokens = tiny_model().train(), random_tokens(2, 5)
+    full = model(tokens, use_cache=True).past_key_values
+    expected = model(tokens, labels=tokens).loss
+    model.gradient_checkpointing_enable()
+    for cache in (DNCGPT2Cache(model.config), DynamicCache(config=model.config)):
+        out = model(tokens, labels=tokens, past_key_values=cache)
+        torch.testing.assert_close(out.loss, expected)
+        assert out.past_key_values is None and cache.get_seq_length() == 0
+    with pytest.raises(ValueError, match="Gradient checkpointing cannot go on from past_key_values"):
+        model(tokens, past_key_values=full)
+
+
 def test_compiled_model_equals_the_eager_one(tiny_model):
     model, tokens = tiny_model(n_positions=2, n_layer=1), random_tokens(2, 4)
     expected = model(tokens, labels=tokens)

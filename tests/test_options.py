@@ -170,11 +170,12 @@ def test_the_default_preset_is_for_runs_that_name_no_data_and_no_preset(tmp_path
 
 def test_remembered_data_give_way_to_data_that_the_user_names(preset):
     remembered = {"dataset_name": "x", "dataset_config_name": "y", "seq_len": 16}
+    remembered |= {"streaming": True, "max_eval_tokens": 9}  # how the data set that gives way was read
     (data,) = parse((DataArguments,), [], defaults=remembered)
     assert (data.dataset_name, data.seq_len) == ("x", 16)
     for arguments in (["--validation_file", "v.txt"], ["--config", preset(validation_file="v.txt")]):
         (data,) = parse((DataArguments,), arguments, defaults=remembered)
-        assert (data.dataset_name, data.dataset_config_name) == (None, None)
+        assert (data.dataset_name, data.dataset_config_name, data.streaming) == (None, None, False)
         assert (data.validation_file, data.seq_len) == (["v.txt"], 16)
 
 
