@@ -148,6 +148,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         if trainer.args.should_save:
             remember_run(run / kind, data, training.seed, sys.argv[1:] if arguments is None else arguments)
         trainer.accelerator.wait_for_everyone()  # the other processes read what the main one has saved
+        trainer.free_optimizer()
         return trainer
 
     trainers = {kind: train_kind(kind, model) for kind, model in models.items()}
@@ -311,6 +312,12 @@ def checkpoint_to_resume(run: Path, kind: str, kinds: list[str], training: DNCTr
                 sys.exit(
                     f"train.py: --resume_from_checkpoint {asked} is not a whole checkpoint ({reason}); true takes the "
                     "newest whole one."
+                )
+            newest, _ = newest_whole(folder)
+            if newest.resolve() != Path(asked).resolve():
+                sys.exit(
+                    f"train.py: {newest} is newer than --resume_from_checkpoint {asked} and would be lost to the "
+                    "resumed run; move it to another folder first, or go on from it with true."
                 )
             return asked
     last, skipped = newest_whole(folder)

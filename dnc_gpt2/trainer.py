@@ -2,6 +2,7 @@
 
 import logging
 import math
+import os
 import shutil
 from collections import Counter
 from dataclasses import MISSING, dataclass, field, fields
@@ -99,6 +100,11 @@ class DNCTrainingArguments(TrainingArguments):
                     f"{option.name}={getattr(self, option.name)} would have no effect here, where batches, loss and "
                     "evaluation are of another kind: leave it out."
                 )
+        if self.ddp_backend in ("nccl", "gloo") and "LOCAL_RANK" not in os.environ:
+            raise ValueError(
+                f"ddp_backend={self.ddp_backend} is for several processes: start them with torchrun or accelerate "
+                "launch, or leave it out (with --num_gpus, too, which takes nccl)."
+            )
         if self.ddp_find_unused_parameters is None:
             self.ddp_find_unused_parameters = False  # every parameter of both models has a gradient in every step
         self.logging_nan_inf_filter = False  # which would hide what `DNCTrainer` stops at
@@ -484,6 +490,12 @@ class DNCTrainer(Trainer):
             "batch_size": self.args.per_device_eval_batch_size,
             "autocast": self.accelerator.autocast,
         }
+
+    def free_optimizer(self) -> None:
+        """Let go of the optimizer, which holds twice the weights; training is over."""
+        for owner in (self, self.callback_handler):
+            owner.optimizer = owner.lr_scheduler = None
+        self.accelerator.free_memory()
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """The library's general card, unless there is a card already: that one tells more."""

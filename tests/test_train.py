@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -315,6 +316,20 @@ def test_num_gpus_starts_as_many_processes_with_the_other_options(monkeypatch):
     assert command[-3:] == ["--seq_len", "8", "--max_steps=4"]
 
 
+def test_the_optimizer_of_a_finished_model_is_gone_when_the_next_one_trains(folder, tmp_path, monkeypatch):
+    create, made = DNCTrainer.create_optimizer, []
+
+    def watched(self, *args, **kwargs):
+        assert all(optimizer() is None for optimizer in made)
+        optimizer = create(self, *args, **kwargs)
+        made.append(weakref.ref(optimizer))
+        return optimizer
+
+    monkeypatch.setattr(DNCTrainer, "create_optimizer", watched)
+    tiny_run(folder, output_dir=tmp_path / "run", opponents="widened")
+    assert [optimizer() for optimizer in made] == [None] * 3
+
+
 # Resuming
 
 
@@ -358,6 +373,7 @@ def test_a_run_that_was_interrupted_resumes_and_a_finished_model_is_left_as_it_i
     tiny_run(folder, output_dir=tmp_path / "broken", resume_from_checkpoint="true", **options)
     assert trained == ["dnc"] * 3
     named = str(tmp_path / "broken" / "dnc" / "checkpoint-4")
+    shutil.rmtree(tmp_path / "broken" / "dnc" / "checkpoint-5")
     tiny_run(folder, output_dir=tmp_path / "broken", resume_from_checkpoint=named, **options)
     assert trained == ["dnc"] * 4
     assert (tmp_path / "broken" / "dnc" / "model.safetensors").read_bytes() == (
@@ -384,6 +400,10 @@ def test_what_cannot_be_resumed_is_refused(run, folder, tmp_path):
         refused(command_line(options), f"--resume_from_checkpoint {asked}", "checkpoint-<step>")
     elsewhere = tiny_options(folder, output_dir=tmp_path / "new", resume_from_checkpoint=run / "dnc" / "checkpoint-4")
     refused(command_line(elsewhere), "checkpoint-4", str(tmp_path / "new"))
+    older = tmp_path / "run" / "dnc" / "checkpoint-2"
+    shutil.copytree(run, tmp_path / "run")
+    shutil.copytree(older.with_name("checkpoint-4"), older)
+    refused(command_line(tiny_options(folder, output_dir=tmp_path / "run", resume_from_checkpoint=older)), "checkpoint-4")
     both = tiny_options(folder, resume_from_checkpoint="true", overwrite_output_dir=True)
     refused(command_line(both), "--overwrite_output_dir", "--resume_from_checkpoint")
     assert snapshot(run) == before
@@ -551,6 +571,7 @@ def test_the_other_model_may_not_replace_the_comparison_unasked(folder, tmp_path
         ({"eval_steps": -1}, ("eval_steps=-1",)),
         ({"logging_steps": 0}, ("logging_steps=0",)),
         ({"per_device_train_batch_size": 0}, ("per_device_train_batch_size=0",)),
+        ({"ddp_backend": "gloo"}, ("ddp_backend=gloo", "torchrun")),
         ({"model": "all"}, ("all", "baseline")),
         ({"output_dir": "empty.txt"}, ("empty.txt is a file", "--output_dir")),
         ({"mem_slot": 3}, ("--mem_slot",)),
