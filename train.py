@@ -22,17 +22,8 @@ from dnc_gpt2.card import model_card
 from dnc_gpt2.checkpoints import fault, newest_whole
 from dnc_gpt2.comparison import Comparison, evaluation_dataset, printed, tuning_dataset
 from dnc_gpt2.corpus import is_embedded, load_corpus
-from dnc_gpt2.data import (
-    TOKENIZER_CHARS,
-    DataArguments,
-    ExampleDataset,
-    first_records,
-    load_tokenizer,
-    split_end,
-    stream_records,
-    tokenize_texts,
-    train_tokenizer,
-)
+from dnc_gpt2.data import DataArguments, first_records, stream_records
+from dnc_gpt2.examples import ExampleDataset
 from dnc_gpt2.histograms import finish_reports
 from dnc_gpt2.models import count_parameters, freeze_backbone, new_models, require_checkpoint
 from dnc_gpt2.opponents import SCORED, TRAINED, check_opponents, opponent_model
@@ -48,6 +39,7 @@ from dnc_gpt2.pointing import has_pointer
 from dnc_gpt2.report import has_memory_metrics, write_text
 from dnc_gpt2.signals import StopOnSignal
 from dnc_gpt2.streaming import StreamedExamples
+from dnc_gpt2.tokenization import TOKENIZER_CHARS, load_tokenizer, split_end, tokenize_texts, train_tokenizer
 from dnc_gpt2.trainer import DNCTrainer, DNCTrainingArguments
 
 logger = logging.getLogger(__name__)

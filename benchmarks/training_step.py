@@ -21,8 +21,9 @@ from timing import benchmark_parser, interleave, publish
 
 from configuration_dnc_gpt2 import ADDRESSINGS
 from dnc_gpt2 import DNCGPT2Config
-from dnc_gpt2.data import ExampleDataset, TokenizedText, collate
+from dnc_gpt2.examples import ExampleDataset, collate
 from dnc_gpt2.models import new_models
+from dnc_gpt2.tokenization import TokenizedText
 from dnc_gpt2.trainer import DNCTrainer, DNCTrainingArguments
 
 

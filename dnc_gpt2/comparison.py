@@ -17,8 +17,9 @@ from configuration_dnc_gpt2 import DNCGPT2Config
 
 from . import plots, report
 from .corpus import Corpus, Exam, load_corpus
-from .data import DataArguments, ExampleDataset, TokenizedText, load_tokenizer, split_end, tokenize_texts
+from .data import DataArguments
 from .evaluation import Runner, evaluate
+from .examples import ExampleDataset
 from .html_report import write_html_report
 from .inspection import Inspection, inspect, inspect_tokens
 from .metrics import MEMORY_METRICS
@@ -27,6 +28,7 @@ from .opponents import NeuralCache, NeuralCacheRunner, OverlappingRunner, tune_n
 from .pointing import TUNING_TOKENS
 from .profiles import Profile, distances, positions
 from .statistics import RESAMPLES, paired_difference, resampling_units
+from .tokenization import TokenizedText, load_tokenizer, split_end, tokenize_texts
 
 logger = logging.getLogger(__name__)
 

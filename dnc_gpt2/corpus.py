@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from .data import DataArguments, ExampleDataset, load_texts
+from .data import DataArguments, load_texts
+from .examples import ExampleDataset
 from .tasks import LocatedQuestion, Question, biographies, locate, recall, recall_by_guessing
 
 EMBEDDED_DOCUMENTS = {"train": 600, "validation": 40}

@@ -14,7 +14,9 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
 
-from .data import EMPTY, IGNORED, ExampleDataset, collate, evaluation_rows
+from losses_dnc_gpt2 import IGNORED
+
+from .examples import EMPTY, ExampleDataset, collate, evaluation_rows
 from .metrics import LanguageModelMetrics, MemoryMetrics
 from .models import backbone_inputs, has_memory
 

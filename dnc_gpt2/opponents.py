@@ -17,10 +17,11 @@ from torch import Tensor
 from transformers import AutoConfig, GPT2LMHeadModel, PreTrainedModel
 
 from configuration_dnc_gpt2 import DNCGPT2Config
+from losses_dnc_gpt2 import IGNORED
 from pointer_dnc_gpt2 import mix
 
-from .data import IGNORED, ExampleDataset, collate, evaluation_rows
 from .evaluation import TOKENS_PER_CHUNK, HiddenStates, Runner, prediction_columns, predictions, split_tokens
+from .examples import ExampleDataset, collate, evaluation_rows
 from .models import count_parameters, gpt2_config, new_models, window_size
 from .pointing import best_share
 

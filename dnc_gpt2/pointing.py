@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from losses_dnc_gpt2 import IGNORED
 from pointer_dnc_gpt2 import pointer_mass
 
-from .data import IGNORED, ExampleDataset
 from .evaluation import HiddenStates, Runner, evaluate, predictions
+from .examples import ExampleDataset
 from .models import has_memory
 
 TUNING_TOKENS = 10_000

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from .data import ExampleDataset
+from .examples import ExampleDataset
 from .statistics import Units, clustered_interval
 
 MOST_POSITIONS = 32

@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from .data import DataError, document_starts, encode_record, require_at_least
+from .data import DataError, require_at_least
+from .tokenization import document_starts, encode_record
 
 
 class Place(NamedTuple):

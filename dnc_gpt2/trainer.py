@@ -20,12 +20,13 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy, rotate_checkpoints
 
+from losses_dnc_gpt2 import IGNORED
 from memory_dnc_gpt2 import MemoryState
 
 from .attribution import effective_writes, reads_beyond_window
 from .checkpoints import check_versions, close, fault, newest_whole, numbered, reading, saving
-from .data import EMPTY, IGNORED, ExampleDataset, StreamBatchSampler, collate
 from .evaluation import evaluate, write_entropy
+from .examples import EMPTY, ExampleDataset, StreamBatchSampler, collate
 from .histograms import report_histogram
 from .metrics import OPEN_GATE
 from .models import allow_loss_without_logits, backbone_inputs, has_memory

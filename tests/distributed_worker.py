@@ -27,9 +27,11 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from dnc_gpt2 import DNCGPT2Config, DNCGPT2LMHeadModel
-from dnc_gpt2.data import DataArguments, ExampleDataset, TokenizedText, stream_records, train_tokenizer
+from dnc_gpt2.data import DataArguments, stream_records
 from dnc_gpt2.evaluation import evaluate
+from dnc_gpt2.examples import ExampleDataset
 from dnc_gpt2.streaming import StreamedExamples
+from dnc_gpt2.tokenization import TokenizedText, train_tokenizer
 from dnc_gpt2.trainer import DNCTrainer, DNCTrainingArguments
 
 CASES = ("gpt2", "lru", "dnc", "simplified")

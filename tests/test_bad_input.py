@@ -15,9 +15,10 @@ from test_trainer import EXAMPLE, arguments, examples
 
 from dnc_gpt2 import DNCGPT2Config, DNCGPT2LMHeadModel, MemoryState
 from dnc_gpt2.checkpoints import close
-from dnc_gpt2.data import DataArguments, DataError, load_texts, tokenize_texts, train_tokenizer
+from dnc_gpt2.data import DataArguments, DataError, load_texts
 from dnc_gpt2.models import load_model, new_models
 from dnc_gpt2.options import ModelArguments, parse
+from dnc_gpt2.tokenization import tokenize_texts, train_tokenizer
 from dnc_gpt2.trainer import DNCTrainer
 
 FEWEST_CASES = 500

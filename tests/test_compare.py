@@ -16,8 +16,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import compare
 from dnc_gpt2 import comparison as comparison_module
 from dnc_gpt2.comparison import EINSTEIN, EXCERPT
-from dnc_gpt2.data import load_tokenizer, train_tokenizer
 from dnc_gpt2.options import one_line_errors
+from dnc_gpt2.tokenization import load_tokenizer, train_tokenizer
 
 ROOT = Path(__file__).parent.parent
 

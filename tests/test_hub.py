@@ -16,7 +16,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GPT2Config
 
 from dnc_gpt2 import DNCGPT2Config, DNCGPT2LMHeadModel, DNCGPT2Model
 from dnc_gpt2.card import model_card
-from dnc_gpt2.data import ExampleDataset, TokenizedText, train_tokenizer
+from dnc_gpt2.examples import ExampleDataset
+from dnc_gpt2.tokenization import TokenizedText, train_tokenizer
 from dnc_gpt2.trainer import DNCTrainer, DNCTrainingArguments
 
 ADDRESSINGS = ["lru", "dnc", "simplified"]

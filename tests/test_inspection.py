@@ -10,8 +10,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import dnc_gpt2
 from dnc_gpt2.attribution import effective_writes, reads_beyond_window, slot_shares
-from dnc_gpt2.data import train_tokenizer
 from dnc_gpt2.inspection import inspect_tokens
+from dnc_gpt2.tokenization import train_tokenizer
 
 TEXT = "the old king was born in the old town and the river ran by the gate " * 2
 WINDOW = 8

@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from dnc_gpt2 import DNCGPT2LMHeadModel
-from dnc_gpt2.data import train_tokenizer
+from dnc_gpt2.tokenization import train_tokenizer
 
 KINDS = ("gpt2", "dnc")
 WINDOW = 8  # of the model with memory; every text below is longer

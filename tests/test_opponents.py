@@ -15,8 +15,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import compare
 import train
 from dnc_gpt2 import opponents, pointing
-from dnc_gpt2.data import ExampleDataset, TokenizedText, load_tokenizer, split_end, tokenize_texts
 from dnc_gpt2.evaluation import LANGUAGE_MODEL_COLUMNS, evaluate
+from dnc_gpt2.examples import ExampleDataset
 from dnc_gpt2.models import count_parameters, has_memory, load_model, new_models
 from dnc_gpt2.opponents import (
     OPPONENTS,
@@ -30,6 +30,7 @@ from dnc_gpt2.opponents import (
     widened_sizes,
 )
 from dnc_gpt2.options import one_line_errors
+from dnc_gpt2.tokenization import TokenizedText, load_tokenizer, split_end, tokenize_texts
 from dnc_gpt2.trainer import DNCTrainer
 
 VOCABULARY = 23

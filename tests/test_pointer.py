@@ -12,9 +12,10 @@ from tiny_runs import tiny_run
 from torch import Tensor
 
 from dnc_gpt2 import DNCGPT2LMHeadModel, pointing
-from dnc_gpt2.data import ExampleDataset, TokenizedText
 from dnc_gpt2.evaluation import evaluate
+from dnc_gpt2.examples import ExampleDataset
 from dnc_gpt2.pointing import tune_pointer
+from dnc_gpt2.tokenization import TokenizedText
 from memory_dnc_gpt2 import MemoryState
 from pointer_dnc_gpt2 import mix, pointer_mass, slot_tokens
 

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from dnc_gpt2.data import ExampleDataset, TokenizedText
+from dnc_gpt2.examples import ExampleDataset
 from dnc_gpt2.profiles import NEVER, Profile, distances, last_seen, positions
 from dnc_gpt2.statistics import Units, clustered_interval, paired_bootstrap
+from dnc_gpt2.tokenization import TokenizedText
 
 
 def dataset(tokens: list[int], starts: list[int] = (0,), **options) -> ExampleDataset:

@@ -12,8 +12,9 @@ from tiny_runs import tiny_run
 
 import compare
 from dnc_gpt2.checkpoints import close
-from dnc_gpt2.data import DataArguments, DataError, load_texts, load_tokenizer
+from dnc_gpt2.data import DataArguments, DataError, load_texts
 from dnc_gpt2.models import load_model
+from dnc_gpt2.tokenization import load_tokenizer
 
 ROOT = Path(__file__).parent.parent
 PRODUCT = [path for folder in (ROOT, ROOT / "dnc_gpt2") for path in sorted(folder.glob("*.py"))]

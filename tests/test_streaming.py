@@ -12,9 +12,10 @@ from transformers import TrainerCallback
 
 import train
 from dnc_gpt2 import data
-from dnc_gpt2.data import DataArguments, DataError, load_texts, stream_records, train_tokenizer
+from dnc_gpt2.data import DataArguments, DataError, load_texts, stream_records
 from dnc_gpt2.models import new_models
 from dnc_gpt2.streaming import StreamedExamples
+from dnc_gpt2.tokenization import train_tokenizer
 from dnc_gpt2.trainer import DNCTrainer, DNCTrainingArguments
 
 WINDOW, WINDOWS = 4, 2

@@ -9,9 +9,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tiny_runs import tiny_run
 from transformers.integrations import integration_utils
 
-from dnc_gpt2.data import ExampleDataset, TokenizedText, collate
+from dnc_gpt2.examples import ExampleDataset, collate
 from dnc_gpt2.inspection import inspect_tokens
 from dnc_gpt2.models import new_models
+from dnc_gpt2.tokenization import TokenizedText
 from dnc_gpt2.trainer import DNCTrainer, DNCTrainingArguments
 
 WINDOW = 8

@@ -18,8 +18,8 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 import train
 from dnc_gpt2 import DNCGPT2LMHeadModel
 from dnc_gpt2.comparison import EINSTEIN
-from dnc_gpt2.data import train_tokenizer
 from dnc_gpt2.report import verdict
+from dnc_gpt2.tokenization import train_tokenizer
 from dnc_gpt2.trainer import DNCTrainer, DNCTrainingArguments
 
 ROOT = Path(__file__).parent.parent
@@ -403,7 +403,8 @@ def test_what_cannot_be_resumed_is_refused(run, folder, tmp_path):
     older = tmp_path / "run" / "dnc" / "checkpoint-2"
     shutil.copytree(run, tmp_path / "run")
     shutil.copytree(older.with_name("checkpoint-4"), older)
-    refused(command_line(tiny_options(folder, output_dir=tmp_path / "run", resume_from_checkpoint=older)), "checkpoint-4")
+    going_back = tiny_options(folder, output_dir=tmp_path / "run", resume_from_checkpoint=older)
+    refused(command_line(going_back), "checkpoint-4 is newer", "move it to another folder")
     both = tiny_options(folder, resume_from_checkpoint="true", overwrite_output_dir=True)
     refused(command_line(both), "--overwrite_output_dir", "--resume_from_checkpoint")
     assert snapshot(run) == before

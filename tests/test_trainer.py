@@ -12,11 +12,13 @@ from transformers import TrainerCallback, TrainingArguments
 
 import dnc_gpt2.corpus
 from dnc_gpt2.corpus import Corpus, Exam
-from dnc_gpt2.data import EMPTY, IGNORED, ExampleDataset, TokenizedText, collate, train_tokenizer
 from dnc_gpt2.evaluation import evaluate, prediction_columns, write_entropy, write_sparsity
+from dnc_gpt2.examples import EMPTY, ExampleDataset, collate
 from dnc_gpt2.models import new_models
 from dnc_gpt2.tasks import Question
+from dnc_gpt2.tokenization import TokenizedText, train_tokenizer
 from dnc_gpt2.trainer import WITHOUT_EFFECT, DNCTrainer, DNCTrainingArguments, take_sample
+from losses_dnc_gpt2 import IGNORED
 
 WINDOW, EXAMPLE, VOCABULARY = 8, 16, 67
 ADDRESSINGS = ("lru", "dnc", "simplified")

@@ -24,7 +24,7 @@ import real_text
 from real_text import SETTING, command_options, run, summary
 from timing import publish
 
-from dnc_gpt2.data import load_tokenizer
+from dnc_gpt2.tokenization import load_tokenizer
 from modeling_dnc_gpt2 import DNCGPT2LMHeadModel
 
 MEMORY = {"mem_slots": 64, "mem_width": SETTING["mem_width"], "address_width": SETTING["address_width"], "num_reads": 1}
