@@ -60,7 +60,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         **OPPONENTS_OPTION,
     }
     options, data, lists = parse((CompareArguments, DataArguments), arguments, extra=extra)
-    run = next(filter(None, map(recall_run, lists.checkpoints)), None)
+    runs = [run for run in map(recall_run, lists.checkpoints) if run is not None]
+    run = runs[0] if runs else None
     if run is not None:
         options, data, lists = parse((CompareArguments, DataArguments), arguments, extra=extra, defaults=run["data"])
     accelerator = Accelerator(mixed_precision=options.mixed_precision, cpu=options.use_cpu)
@@ -97,7 +98,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         cache_entries=options.cache_entries,
         accelerator=accelerator,
         batch_size=options.batch_size,
-        seed=run["seed"] if run else None,
+        seed=run["seed"] if len({run["seed"] for run in runs}) == 1 else None,
         inspect=lists.inspect,
         report_path=options.report,
         trust_remote_code=options.trust_remote_code,

@@ -69,6 +69,11 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         sys.exit("train.py: --streaming needs --max_steps: how long a stream is, is not known.")
     if model_arguments.freeze_backbone and not model_arguments.model_name_or_path:
         sys.exit("train.py: --freeze_backbone needs --model_name_or_path: a new backbone has learned nothing to keep.")
+    if model_arguments.freeze_backbone and model_arguments.model == "both" and training.should_save:
+        logger.warning(
+            "--freeze_backbone leaves the plain GPT-2 as it is: what is gained on it comes of this text as well as of "
+            "the memory. To tell these apart, train a GPT-2 alone (--model baseline) without it, and compare."
+        )
     run = Path(training.output_dir or f"runs/{'embedded' if is_embedded(data) else 'text'}")
     if options.opponents and model_arguments.model != "both":
         sys.exit(f"train.py: --opponents {','.join(options.opponents)} needs --model both.")
@@ -158,7 +163,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         progress=not training.disable_tqdm,
     )
     for kind in models:
-        comparer.add(kind, str(run / kind))
+        comparer.add(kind, str(run / kind), untrained=kind == "baseline" and model_arguments.freeze_backbone)
     for opponent in options.opponents:
         if opponent in SCORED:
             comparer.add_scored(opponent, str(run / "baseline"), config.mem_slots)

@@ -45,7 +45,7 @@ def model_card(
     what = (
         "GPT-2 with a differentiable external memory (a DNC, Graves et al. 2016) that reaches past its window."
         if memory
-        else "A plain GPT-2, trained beside a GPT-2 with an external memory under equal conditions."
+        else "A plain GPT-2, the reference of a GPT-2 with an external memory."
     )
     usage = f"""```python
 from transformers import AutoModelForCausalLM, AutoTokenizer

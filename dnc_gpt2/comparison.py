@@ -106,8 +106,11 @@ class Comparison:
             "versions": report.versions(),
         }
 
-    def add(self, name: str, path: str) -> None:
+    def add(self, name: str, path: str, *, untrained: bool = False) -> None:
         """Evaluate a checkpoint: a folder or hub name.
+
+        Args:
+            untrained: say that this model was not trained beside the others.
 
         Raises:
             ValueError: it cannot be loaded, or does not know the tokenizer's tokens.
@@ -115,6 +118,8 @@ class Comparison:
         model = self._load(path)
         weight = getattr(model.config, "pointer_weight", 0.0)
         self._evaluate(name, path, model, details={"pointer weight": weight} if weight else None)
+        if untrained:
+            self.result["models"][name]["untrained"] = True
         if has_memory(model):
             texts = dict.fromkeys((EINSTEIN, *self.inspect))
             inspections = {text: inspect(model, self.tokenizer, text) for text in texts}
@@ -257,7 +262,9 @@ def compare_checkpoints(
         ValueError: a checkpoint cannot be loaded, or the tokenizers differ, or a text to inspect is empty, or the
             opponents find no plain GPT-2 among the checkpoints or, where `cache_entries` is not given, no memory.
     """
-    for path in checkpoints.values():
+    for name, path in checkpoints.items():
+        if name in opponents:
+            raise ValueError(f"The checkpoint {path} has the name of the opponent {name}: rename its folder.")
         require_checkpoint(path)
     trusted = options.get("trust_remote_code", False)
     tokenizers = {name: load_tokenizer(path, trusted) for name, path in checkpoints.items()}

@@ -225,7 +225,7 @@ def _line(name: str, index: int, x: Sequence, y: Sequence, hover: str, **style: 
     return {
         "type": "scatter",
         "mode": "lines+markers",
-        "name": html.escape(name),  # the library understands some markup in names
+        "name": html.escape(name, quote=False),  # the library understands some markup in names
         "x": list(x),
         "y": list(y),
         "line": line,

@@ -74,7 +74,7 @@ class Inspection:
         return {
             "tokens": self.tokens,
             "window": self.window,
-            "write_gates": self.write_gates.round(4).tolist(),
+            "write_gates": _numbers(self.write_gates),
             "write_slots": self.write_slots.tolist(),
             "log_probabilities": _numbers(self.log_probabilities),
             "gains": _numbers(self.gains),
@@ -82,7 +82,7 @@ class Inspection:
                 [[(i, round(share, 3)) for i, share in self.sources(t, head)] for head in heads]
                 for t in range(len(self.tokens))
             ],
-            "held": self.held.round(3).tolist(),
+            "held": [_numbers(row, 3) for row in self.held],
             "holders": self.holders.tolist(),
         }
 
@@ -142,5 +142,5 @@ def inspect_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, i
     )
 
 
-def _numbers(values: np.ndarray) -> list[float | None]:
-    return [None if np.isnan(value) else round(float(value), 4) for value in values]
+def _numbers(values: np.ndarray, digits: int = 4) -> list[float | None]:
+    return [round(float(value), digits) if np.isfinite(value) else None for value in values]

@@ -109,7 +109,7 @@ class LanguageModelMetrics(_TokenMetric):
     Columns, one number a token: `nll` (negative log-likelihood of the correct token, nats), `rank` (of the correct
     token, 1 is best), `confidence` (probability of the correct token), `entropy` (of the predicted distribution, nats).
 
-    `compute(num_bytes=, num_words=)` adds the metrics that need the size of the scored text.
+    `compute(num_bytes=, num_words=)` adds the metrics that are relative to the size of the scored text, if it has any.
     """
 
     columns = {"nll": "float64", "rank": "int64", "confidence": "float64", "entropy": "float64"}
@@ -135,12 +135,9 @@ class LanguageModelMetrics(_TokenMetric):
             "mean_rank": float(rank.mean()),
             "pred_entropy": float(entropy.mean()),
         }
-        for name, count in (("num_bytes", num_bytes), ("num_words", num_words)):
-            if count is not None and count <= 0:
-                raise ValueError(f"{name} is {count}: the scored text must hold at least one.")
-        if num_bytes is not None:
+        if num_bytes:
             metrics["bits_per_byte"] = float(nll.sum()) / math.log(2) / num_bytes
-        if num_words is not None:
+        if num_words:
             metrics["word_perplexity"] = _exp(float(nll.sum()) / num_words)
         return metrics
 

@@ -33,8 +33,8 @@ def window_size(model: PreTrainedModel, example_length: int) -> int:
     window = min(model.config.n_positions, example_length)
     if example_length % window:
         raise ValueError(
-            f"An example of {example_length} tokens (seq_len x windows_per_example) is not a multiple of the model's "
-            f"attention window n_positions={window}: choose seq_len={window}."
+            f"An example of {example_length} tokens (seq_len x windows_per_example) is not a multiple of the attention "
+            f"window n_positions={window} of {model.name_or_path or 'the model'}: choose seq_len={window}."
         )
     return window
 

@@ -304,8 +304,9 @@ def _figure(width: float, height: float) -> Figure:
 def _style(axes: Axes, title: str, x_label: str, y_label: str) -> None:
     axes.set_facecolor(_PANEL)
     axes.set_title(title, color=_TEXT, fontsize=14, fontweight="bold", pad=12)
-    axes.set_xlabel(x_label, color=_MUTED, fontsize=11, labelpad=8)
-    axes.set_ylabel(y_label, color=_MUTED, fontsize=11, labelpad=8)
+    # A model's name is no formula.
+    axes.set_xlabel(x_label, color=_MUTED, fontsize=11, labelpad=8, parse_math=False)
+    axes.set_ylabel(y_label, color=_MUTED, fontsize=11, labelpad=8, parse_math=False)
     axes.tick_params(which="both", colors=_MUTED, labelsize=10, length=0)
     axes.grid(color=_GRID, linewidth=0.8)
     axes.set_axisbelow(True)
@@ -331,7 +332,6 @@ def _save(figure: Figure, path: str | os.PathLike, about: Mapping[str, str] | No
             handlelength=3,
         )
         for text in legend.get_texts():
-            # A model's name is no formula.
             text.set_parse_math(False)
     _write(figure, path, about)
 

@@ -136,11 +136,13 @@ def verdict(comparison: Mapping[str, Any], model: str | None = None) -> str:
         return f"No difference is shown: {found}, but {spread}{method}."
     low, high = sorted(abs(100 * (end - 1)) for end in ends)
     interval = f"95 % interval {_percent(low)} to {_percent(high)} %{method}"
-    if has_memory_metrics(models[name]) and not has_memory_metrics(models[reference]):
+    untrained = models[reference].get("untrained", False)
+    if has_memory_metrics(models[name]) and not (has_memory_metrics(models[reference]) or untrained):
         judged = "The memory helps" if ratio < 1 else "The memory hurts"
     else:
         judged = f"{this} is better" if ratio < 1 else f"{this} is worse"
-    return f"{judged}: {found} ({interval})."
+    aside = f" {display_name(reference)} was not trained on this text." if untrained else ""
+    return f"{judged}: {found} ({interval}).{aside}"
 
 
 def has_memory_metrics(model: Mapping[str, Any]) -> bool:
@@ -194,7 +196,7 @@ def comparison_markdown(comparison: Mapping[str, Any]) -> str:
         _markdown_table(header, rows, alignment),
         *_difference_sections(comparison),
         "## How it was evaluated",
-        " ".join(evaluation_notes(comparison)),
+        escaped(" ".join(evaluation_notes(comparison))),
         settings_table(evaluation_settings(comparison)),
         "## Models",
         _markdown_table(MODEL_HEADER, model_rows(comparison), ["---", "---", "---:", "---"]),
@@ -229,7 +231,7 @@ def evaluation_notes(comparison: Mapping[str, Any]) -> list[str]:
         f"{_MISSING} means that a model has no such metric.",
     ]
     if len(names) > 1:
-        notes.append(f"Changes are in percent of {escaped(names[0])}.")
+        notes.append(f"Changes are in percent of {names[0]}.")
     if any(map(recall_of, models.values())):
         notes.append(
             "Recall is the fraction of answers whose tokens are all predicted right, also by the number of attention "

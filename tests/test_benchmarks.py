@@ -284,7 +284,10 @@ def test_real_text_makes_every_model_once_and_compares_it_with_gpt2(tmp_path, mo
         assert rows["lru-64"]["95 % interval of each seed"] == "0.750-0.850 0.750-0.850"
         assert calls.count("train.py") == 2 * len(real_text.MODELS)
         assert calls.count("compare.py") == 2 * (len(names) - 1)
-    real_text.main([*files, "--models", "lru-64", "cache-64", "--eval_steps", "10"])
+    looks = ["--models", "lru-64", "cache-64", "--eval_steps", "10"]
+    with pytest.raises(SystemExit, match="holds results with --eval_steps None, not 10: choose another --folder"):
+        real_text.main([*files, *looks])
+    real_text.main([*files, *looks, "--folder", str(tmp_path / "looks")])
     best = [row["best step of each seed"] for row in json.loads(output.read_text())["rows"]]
     assert best == ["90.0 at 10", None]
 

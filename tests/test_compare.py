@@ -68,6 +68,20 @@ def refused(arguments: list[str], *culprits: str, capsys=None) -> None:
         assert culprit in message, message
 
 
+def test_the_seed_is_told_where_all_checkpoints_share_it(folder, checkpoints, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(checkpoints[1], other, ignore=shutil.ignore_patterns("checkpoint-*"))
+    run = json.loads((other / "run.json").read_text())
+    (other / "run.json").write_text(json.dumps({**run, "seed": run["seed"] + 1}))
+    assert run_compare([checkpoints[0], str(other)], tmp_path / "out")["seed"] is None
+
+
+def test_a_checkpoint_with_the_name_of_an_opponent_is_refused(checkpoints, tmp_path):
+    shutil.copytree(checkpoints[0], tmp_path / "overlapping", ignore=shutil.ignore_patterns("checkpoint-*"))
+    arguments = [str(tmp_path / "overlapping"), "--opponents", "overlapping", "--output_dir", str(tmp_path / "out")]
+    refused(arguments, str(tmp_path / "overlapping"), "the name of the opponent overlapping", "rename")
+
+
 def test_checkpoints_of_a_run_give_its_numbers_without_any_option(folder, checkpoints, tmp_path, capsys):
     again = run_compare(checkpoints, tmp_path / "out")
     before = json.loads((folder / "run" / "comparison.json").read_text())
@@ -212,7 +226,7 @@ def test_a_vocabulary_smaller_than_the_tokenizer_is_refused(checkpoints, tmp_pat
         (["BASELINE", "BASELINE"], ("named twice",)),
         (["BASELINE", "DNC", "--reference", "other"], ("--reference other",)),
         (["BASELINE", "--batch_size", "0"], ("batch_size=0",)),
-        (["BASELINE", "--seq_len", "6", "--windows_per_example", "3"], ("18 tokens", "n_positions=8")),
+        (["BASELINE", "--seq_len", "6", "--windows_per_example", "3"], ("18 tokens", "n_positions=8", "baseline")),
         (["BASELINE", "--validation_file", "missing.txt"], ("missing.txt",)),
         (["BASELINE", "--hidden_size", "6"], ("--hidden_size",)),
         (["BASELINE", "--mixed_precision", "int3"], ("mixed_precision", "int3")),

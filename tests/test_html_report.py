@@ -191,6 +191,15 @@ def test_numbers_that_are_not_finite_leave_gaps():
     assert "not finite" in page
 
 
+def test_names_are_escaped_once():
+    odd = comparison()
+    odd["models"] = {'a|b "c"<i>' if name == "baseline" else name: model for name, model in odd["models"].items()}
+    page = html_report(odd, {'a|b "c"<i>': [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 2.0}]})
+    assert 'Changes are in percent of a|b "c"<i>.' in Reader(page).text
+    (curve, *_) = data_of(page)["figures"][0]["traces"]
+    assert curve["name"].startswith('a|b "c"&lt;i&gt;')
+
+
 def test_more_models_have_a_curve_and_a_sentence_each():
     three = comparison()
     three["models"]["widened"] = model(9.9)

@@ -121,6 +121,15 @@ def test_inspection_as_json_and_of_a_single_token(model, tokenizer):
     assert stored["tokens"] == ["t"] and stored["gains"] == [None] and stored["sources"] == [[[], []]]
 
 
+def test_inspection_of_a_memory_that_is_not_finite_is_still_json(model, tokenizer):
+    broken = model()
+    with torch.no_grad():
+        broken.transformer.memory.write_control.weight.fill_(math.nan)
+    found = dnc_gpt2.inspect(broken, tokenizer, TEXT)
+    stored = json.loads(json.dumps(found.to_dict(), allow_nan=False))
+    assert stored["write_gates"] == [None] * len(found.tokens) and None in stored["held"][-1]
+
+
 def test_nothing_to_inspect_is_refused(model, tokenizer):
     with pytest.raises(ValueError, match="empty"):
         dnc_gpt2.inspect(model(), tokenizer, "")

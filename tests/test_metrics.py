@@ -108,8 +108,12 @@ def test_wrong_columns_are_errors_that_name_them():
         metric.add_batch(**{**columns, "rank": columns["rank"][:3]})
     with pytest.raises(ValueError, match="one number a token"):
         metric.add_batch(**{name: column.reshape(2, 2) for name, column in columns.items()})
-    with pytest.raises(ValueError, match="num_words is 0"):
-        metric.compute(**columns, num_words=0)
+
+
+def test_what_a_text_without_words_or_bytes_cannot_be_divided_by_is_left_out():
+    computed = LanguageModelMetrics().compute(**language_model_columns(4), num_bytes=1, num_words=0)
+    assert "bits_per_byte" in computed and "word_perplexity" not in computed
+    assert "bits_per_byte" not in LanguageModelMetrics().compute(**language_model_columns(4), num_bytes=0)
 
 
 def test_nothing_is_written_to_the_users_cache(tmp_path, monkeypatch):

@@ -109,19 +109,19 @@ def test_losses_and_gains_are_shown_in_their_groups_with_seed_and_versions(saved
     profile = {
         "labels": ["1", "2-3", "never"],
         "targets": [9, 9, 9],
-        "loss": {"baseline": [3.0, 2.0, 4.0], "dnc": [1.0, 2.0, "NaN"]},
+        "loss": {"_a $x^$ name": [3.0, 2.0, 4.0], "dnc": [1.0, 2.0, "NaN"]},
         "gain": {"dnc": [2.0, 0.0, "NaN"]},
         "gain_interval": {"dnc": [[1.5, 2.5], None, None]},
     }
-    models = {"baseline": {"metrics": {}}, "dnc": {"metrics": {}}}
+    models = {"_a $x^$ name": {"metrics": {}}, "dnc": {"metrics": {}}}
     comparison = {"models": models, "profiles": {"distance": profile}, "seed": 7, "versions": {"torch": "2.13"}}
     loss_profile(comparison, "distance", tmp_path / "loss.png")
     gains, losses = lines(saved[0], 0), lines(saved[0], 1)
     assert gains["GPT2 + DNC"][:2] == [(0, 2.0), (1, 0.0)] and set(gains) == {"GPT2 + DNC"}
-    assert losses["GPT2 Baseline"] == [(0, 3.0), (1, 2.0), (2, 4.0)] and math.isnan(losses["GPT2 + DNC"][2][1])
+    assert losses["_a $x^$ name"] == [(0, 3.0), (1, 2.0), (2, 4.0)] and math.isnan(losses["GPT2 + DNC"][2][1])
     assert [label.get_text() for label in saved[0].axes[1].get_xticklabels()] == ["1", "2-3", "never"]
     legend = [text.get_text() for text in saved[0].legends[0].get_texts()]
-    assert legend == ["GPT2 + DNC", "GPT2 Baseline"]
+    assert legend == ["GPT2 + DNC", "_a $x^$ name"]
     assert metadata(tmp_path / "loss.png").items() >= {"seed": "7", "version of torch": "2.13"}.items()
 
 

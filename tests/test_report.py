@@ -187,6 +187,14 @@ def test_the_verdict_without_a_memory_or_a_second_model():
     assert verdict(alone) == "GPT2 + DNC has a perplexity of 9.00; there is no paired difference to judge it by."
 
 
+def test_the_verdict_leaves_open_what_a_gain_on_an_untrained_model_comes_of():
+    comparison = judged(0.9, [0.8, 0.95])
+    comparison["models"]["baseline"]["untrained"] = True
+    found = verdict(comparison)
+    assert found.startswith("GPT2 + DNC is better: ")
+    assert found.endswith("GPT2 Baseline was not trained on this text.")
+
+
 def test_the_verdict_is_of_the_model_with_memory_or_of_the_one_asked_for():
     row = {"ppl_ratio": 0.5, "ppl_ratio_interval": [0.4, 0.6], "loss": -0.7, "loss_interval": None}
     models = {"baseline": model(ppl=10.0), "widened": model(ppl=5.0), "dnc": model(ppl=5.0, avg_gate=0.9)}

@@ -448,10 +448,12 @@ def test_training_goes_on_from_a_plain_gpt2(gpt2, folder, seq_len):
     assert dnc["mem_kl"] == pytest.approx(0, abs=1e-9)
 
 
-def test_a_frozen_backbone_stays_as_it_was_and_the_memory_learns(gpt2, folder):
+def test_a_frozen_backbone_stays_as_it_was_and_the_memory_learns(gpt2, folder, caplog):
     output_dir = folder / "frozen"
     options = {"output_dir": output_dir, "model_name_or_path": gpt2, "seq_len": 8, "freeze_backbone": True}
     comparison = tiny_run(folder, **options)
+    assert "leaves the plain GPT-2 as it is" in caplog.text
+    assert comparison["models"]["baseline"]["untrained"] and "untrained" not in comparison["models"]["dnc"]
     start = load_file(gpt2 / "model.safetensors")
     for kind in KINDS:
         weights = load_file(output_dir / kind / "model.safetensors")

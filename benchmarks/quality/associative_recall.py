@@ -27,7 +27,7 @@ from transformers import GPT2LMHeadModel, MambaConfig, MambaForCausalLM
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from fitting import fit, once
+from fitting import fit, once, settle
 from timing import publish
 
 from dnc_gpt2 import DNCGPT2Config, DNCGPT2LMHeadModel
@@ -180,8 +180,8 @@ def titans(heads: int = 2) -> System:
 
 SYSTEMS: dict[str, Callable[[], System]] = {
     "gpt2": gpt2,
-    "lru": lambda: with_memory(write_gate_bias=-2.0),
-    "lru-on-top": lambda: with_memory(write_gate_bias=-2.0, memory_layer=LAYERS),
+    "lru": lambda: with_memory(),
+    "lru-on-top": lambda: with_memory(memory_layer=LAYERS),
     "dnc": lambda: with_memory(addressing="dnc", temporal_links=False),
     "dnc-on-top": lambda: with_memory(addressing="dnc", temporal_links=False, memory_layer=LAYERS),
     "mamba": mamba,
@@ -265,6 +265,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--output", help="JSON file to write the table to")
     options = parser.parse_args(argv)
+    settle(options.folder, options, "steps", "trial_steps", "queries")
     rows = []
     for name in options.models:
         try:

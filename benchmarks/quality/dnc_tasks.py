@@ -29,6 +29,7 @@ from transformers import PreTrainedModel
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
+from fitting import settle
 from timing import publish
 
 from configuration_dnc_gpt2 import DNCGPT2Config
@@ -206,6 +207,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", help="JSON file to write the table to")
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
+    settle(options.folder, options, "batches")
     rows = []
     for task_name in options.tasks:
         for name in options.models:

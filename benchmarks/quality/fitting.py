@@ -1,7 +1,9 @@
 """What the studies of recall share: one way to train a small model, and results that are made once."""
 
+import argparse
 import json
 import math
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -40,3 +42,12 @@ def once(path: Path, make: Callable[[], Any]) -> Any:
         with replacing(path) as temporary:
             Path(temporary).write_text(json.dumps(result, indent=1) + "\n")
     return json.loads(path.read_text())
+
+
+def settle(folder: Path, options: argparse.Namespace, *names: str) -> None:
+    """Note in a folder with which of these options its results are made; end the process where they were others."""
+    given = {name: str(getattr(options, name)) for name in names}
+    noted = once(folder / "settings.json", lambda: given)
+    for name, value in given.items():
+        if noted.get(name) != value:
+            sys.exit(f"{folder} holds results with --{name} {noted.get(name)}, not {value}: choose another --folder.")

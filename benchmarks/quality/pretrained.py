@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 import real_text
+from fitting import settle
 from real_text import SETTING, command_options, run, summary
 from timing import publish
 
@@ -56,14 +57,15 @@ UNCHANGED = 1e-5
 
 def pretrained(seed: int, options: Namespace) -> Path:
     """The checkpoint of GPT-2, trained unless it is there."""
-    given = {
-        "train_file": options.train_file,
-        "validation_file": options.validation_file,
-        "folder": options.pretrained_folder,
-        "steps": options.pretraining_steps,
-        "eval_steps": None,
-    }
-    return real_text.train("gpt2", seed, Namespace(**given))
+    given = Namespace(
+        train_file=options.train_file,
+        validation_file=options.validation_file,
+        folder=options.pretrained_folder,
+        steps=options.pretraining_steps,
+        eval_steps=None,
+    )
+    settle(given.folder, given, *real_text.SETTLED)
+    return real_text.train("gpt2", seed, given)
 
 
 def attach(backbone: Path, folder: Path) -> None:
@@ -146,6 +148,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--output", help="JSON file to write the table to")
     options = parser.parse_args(argv)
+    settle(options.folder, options, "train_file", "validation_file", "steps", "pretraining_steps", "max_eval_tokens")
     rows = []
     for name in options.models:
         results = [row(name, seed, options) for seed in options.seeds]

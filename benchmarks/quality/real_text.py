@@ -19,6 +19,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from fitting import settle
 from timing import publish
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -78,6 +79,8 @@ SCORED = {
     "overlapping": {"opponents": "overlapping"},
 }
 """Another way to score GPT-2 -> options of compare.py."""
+SETTLED = ("train_file", "validation_file", "steps", "eval_steps")
+"""Options that the results in a folder share."""
 
 
 def command_options(options: Mapping[str, Any]) -> list[str]:
@@ -174,6 +177,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--output", help="JSON file to write the table to")
     options = parser.parse_args(argv)
+    settle(options.folder, options, *SETTLED)
     rows = []
     for name in options.models:
         results = [row(name, seed, options) for seed in options.seeds]

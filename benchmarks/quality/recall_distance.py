@@ -28,7 +28,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from fitting import fit, once
+from fitting import fit, once, settle
 from timing import publish
 
 from dnc_gpt2 import DNCGPT2Config, DNCGPT2LMHeadModel
@@ -250,6 +250,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--figure", help="PNG to draw recall, and what became of the facts' rows, to")
     options = parser.parse_args(argv)
     options.distances.sort()
+    settle(options.folder, options, "steps", "distances")
     rows, panels = [], {title: {} for title in PANELS}
     for name, slots in itertools.product(options.models, options.slots):
         label = f"{name} with {slots} slots" if slots else name
