@@ -602,6 +602,8 @@ class DNCGPT2StaticCache(_WindowCache, StaticCache):
 
     def width(self, columns: Tensor) -> int:
         """Number of columns, whatever is put in them."""
+        if not torch.compiler.is_compiling():
+            self.check_room(int(columns.amax()) + 1)
         return self.columns
 
     def count(self, tokens: int) -> None:

@@ -42,8 +42,36 @@ def check_inputs(
         _require_type("position_ids", position_ids, INTEGERS)
         _require_shape("position_ids", position_ids, [(batch, tokens), (1, tokens), (tokens,)])
     if memory_reset is not None:
-        _require_type("memory_reset", memory_reset, (torch.bool,))
-        _require_shape("memory_reset", memory_reset, [(batch, tokens)])
+        check_choice("memory_reset", memory_reset, (batch, tokens))
+
+
+def check_positions(position_ids: Tensor, real: Tensor | None) -> None:
+    """Raise a ValueError where a real token has a position below 0.
+
+    Args:
+        position_ids: [B, T], [1, T] or [T].
+        real: [B, T] bool; `None`: all are real.
+    """
+    if position_ids.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    lowest = int((position_ids if real is None else position_ids.masked_fill(~real, 0)).amin())
+    if lowest < 0:
+        raise ValueError(f"position_ids hold {lowest}; positions of real tokens are 0 or more.")
+
+
+def check_state_type(state: object, fields: Sequence[str]) -> None:
+    """Raise a ValueError unless this is a memory state: by its fields, for code from the Hub has a class of its own."""
+    if getattr(state, "_fields", None) != tuple(fields):
+        raise ValueError(
+            f"memory_state is a {type(state).__name__}: pass the memory_state that the model returned, or what "
+            "MemoryState.load(path) reads."
+        )
+
+
+def check_choice(name: str, chosen: Tensor, shape: tuple[int, int]) -> None:
+    """Raise a ValueError unless this chooses tokens [B, T]."""
+    _require_type(name, chosen, (torch.bool,))
+    _require_shape(name, chosen, [shape])
 
 
 def check_targets(name: str, targets: Tensor, shape: tuple[int, int], vocab_size: int) -> None:

@@ -78,6 +78,8 @@ def causal_lm_losses(
         lm_head.unshard()  # its weight is used here without its `forward`, which would gather it
     elif type(lm_head) is not nn.Linear or lm_head.bias is not None:
         raise ValueError(f"A loss without logits needs a linear LM head without bias, not {lm_head}.")
+    elif lm_head.weight.is_meta and not hidden.is_meta:
+        raise ValueError("A loss without logits needs an LM head that is not offloaded: pass output_logits=True.")
     targets = next_tokens(labels, shift_labels)
     shape, targets = targets.shape, targets.flatten().to(hidden.device)
     losses = linear_cross_entropy(

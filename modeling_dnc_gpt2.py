@@ -27,7 +27,15 @@ from transformers.utils.generic import is_flash_attention_requested
 try:
     from .cache_dnc_gpt2 import DNCGPT2Cache, DNCGPT2StaticCache, Folding, Record, Rows, last_real, locate
     from .configuration_dnc_gpt2 import DNCGPT2Config
-    from .inputs_dnc_gpt2 import check_ids, check_inputs, check_slot_tokens, check_targets
+    from .inputs_dnc_gpt2 import (
+        check_choice,
+        check_ids,
+        check_inputs,
+        check_positions,
+        check_slot_tokens,
+        check_state_type,
+        check_targets,
+    )
     from .losses_dnc_gpt2 import IGNORED, causal_lm_losses, next_tokens
     from .masks_dnc_gpt2 import Ancestry, branching_memory, visible_tokens
     from .memory_dnc_gpt2 import DNCMemory, MemoryOutput, MemoryState
@@ -36,7 +44,15 @@ try:
 except ImportError:
     from cache_dnc_gpt2 import DNCGPT2Cache, DNCGPT2StaticCache, Folding, Record, Rows, last_real, locate
     from configuration_dnc_gpt2 import DNCGPT2Config
-    from inputs_dnc_gpt2 import check_ids, check_inputs, check_slot_tokens, check_targets
+    from inputs_dnc_gpt2 import (
+        check_choice,
+        check_ids,
+        check_inputs,
+        check_positions,
+        check_slot_tokens,
+        check_state_type,
+        check_targets,
+    )
     from losses_dnc_gpt2 import IGNORED, causal_lm_losses, next_tokens
     from masks_dnc_gpt2 import Ancestry, branching_memory, visible_tokens
     from memory_dnc_gpt2 import DNCMemory, MemoryOutput, MemoryState
@@ -45,6 +61,9 @@ except ImportError:
 
 
 logger = logging.get_logger(__name__)
+
+FLATTENED = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"}
+"""What `DataCollatorWithFlattening(return_flash_attn_kwargs=True)` says beside `position_ids`, and no more."""
 
 
 @dataclass
@@ -55,8 +74,8 @@ class DNCGPT2ModelOutput(ModelOutput):
         last_hidden_state: [B, T, H], the final hidden state.
         base_hidden_state: [B, T, H], with `output_base_hidden_state`: the backbone's without any read.
         past_key_values: `DNCGPT2Cache` with `use_cache`.
-        hidden_states, attentions: as GPT-2's; the last of `hidden_states` is `last_hidden_state`. What is read in
-            mid-stack is added after the one at `config.blocks_below_memory`.
+        hidden_states, attentions, cross_attentions: as GPT-2's; the last of `hidden_states` is `last_hidden_state`.
+            What is read in mid-stack is added after the one at `config.blocks_below_memory`.
         memory_state: `MemoryState` after the last token.
         write_gates [B, T], write_weights [B, T, N], read_weights [B, T, R, N], read_strengths [B, T, R]: with
             `output_memory`.
@@ -69,6 +88,7 @@ class DNCGPT2ModelOutput(ModelOutput):
     past_key_values: Cache | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
+    cross_attentions: tuple[Tensor, ...] | None = None
     memory_state: MemoryState | None = None
     write_gates: Tensor | None = None
     write_weights: Tensor | None = None
@@ -98,6 +118,7 @@ class DNCGPT2CausalLMOutput(ModelOutput):
     past_key_values: Cache | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
+    cross_attentions: tuple[Tensor, ...] | None = None
     memory_state: MemoryState | None = None
     write_gates: Tensor | None = None
     write_weights: Tensor | None = None
@@ -163,6 +184,11 @@ class DNCGPT2Model(DNCGPT2PreTrainedModel, GPT2Model):
     """GPT-2's backbone with a memory in or on its stack. Parameters are named as in `GPT2Model`, plus `memory.*`."""
 
     def __init__(self, config: DNCGPT2Config):
+        if not hasattr(config, "addressing"):
+            raise ValueError(
+                f"A {type(config).__name__} says nothing of a memory: pass a DNCGPT2Config; "
+                "DNCGPT2Config.from_pretrained reads one from a GPT-2's folder, too."
+            )
         GPT2Model.__init__(self, config)
         self.memory = DNCMemory(config)
         self.mid_stack = config.blocks_below_memory < config.n_layer
@@ -188,6 +214,8 @@ class DNCGPT2Model(DNCGPT2PreTrainedModel, GPT2Model):
         use_cache: bool | None = None,
         memory_state: MemoryState | None = None,
         memory_reset: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
         output_memory: bool = False,
         output_base_hidden_state: bool = False,
         detach_base_hidden_state: bool = False,
@@ -207,6 +235,7 @@ class DNCGPT2Model(DNCGPT2PreTrainedModel, GPT2Model):
             past_key_values: a cache that this model returned, to go on inside a window.
             memory_state: the state that this model returned for the same rows, to go on with the next window.
             memory_reset: [B, T] bool, tokens before which the memory is emptied.
+            encoder_hidden_states, encoder_attention_mask: as GPT-2's, for `add_cross_attention`; within one window.
             output_memory: also return gates and weights.
             output_base_hidden_state: also return the final hidden state of the backbone without any read. Of a memory
                 in mid-stack this takes a second pass through the blocks above it, and no cache that holds tokens: what
@@ -223,6 +252,8 @@ class DNCGPT2Model(DNCGPT2PreTrainedModel, GPT2Model):
         check_inputs(batch, tokens, attention_mask, position_ids, memory_reset)
         custom = attention_mask is not None and attention_mask.dim() == 4
         mask = None if custom else self._real_tokens(attention_mask, batch, tokens)
+        if position_ids is not None and not custom:
+            check_positions(position_ids, mask)
         use_cache = self.config.use_cache if use_cache is None else use_cache
         if self.gradient_checkpointing and self.training:
             if past_key_values is not None:
@@ -235,9 +266,16 @@ class DNCGPT2Model(DNCGPT2PreTrainedModel, GPT2Model):
                 "What a memory in mid-stack has changed cannot be told from a cache on: for output_base_logits, "
                 "output_base_hidden_state or output_divergence pass the whole text, without past_key_values."
             )
-        # Where these are not given, the config decides.
+        if position_ids is None and not FLATTENED.isdisjoint(kwargs):
+            raise ValueError(
+                f"{', '.join(FLATTENED & kwargs.keys())} tell of flattened rows: pass position_ids as well."
+            )
+        # Where these are not given, the config decides. Rows that are attended to begin and end with windows, which
+        # what is told of flattened ones does not know.
         options = {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
-        options = {name: option for name, option in options.items() if option is not None} | kwargs
+        options |= {"encoder_hidden_states": encoder_hidden_states, "encoder_attention_mask": encoder_attention_mask}
+        options = {name: option for name, option in options.items() if option is not None}
+        options |= {name: option for name, option in kwargs.items() if name not in FLATTENED}
         if not custom and self._needs_mask_of_pairs(cache, mask, position_ids, tokens):
             inputs = {"token_type_ids": token_type_ids, "position_ids": position_ids, "memory_reset": memory_reset}
             tokens_given = {"inputs_embeds": inputs_embeds} if input_ids is None else {"input_ids": input_ids}
@@ -246,6 +284,8 @@ class DNCGPT2Model(DNCGPT2PreTrainedModel, GPT2Model):
             options |= {"detach_base_hidden_state": detach_base_hidden_state}
             return self._one_by_one(inputs, tokens, past_key_values=cache, **options)
         before = cache.snapshot() if cache is not None and cache.is_recording else None
+        if memory_state is not None:
+            check_state_type(memory_state, MemoryState._fields)
         state = cache.memory_state if cache is not None and cache.has_tokens else memory_state
         if state is not None and state is memory_state and state.slot_tokens is not None:
             check_slot_tokens(state.slot_tokens, self.config.vocab_size)
@@ -306,6 +346,7 @@ class DNCGPT2Model(DNCGPT2PreTrainedModel, GPT2Model):
             past_key_values=cache,
             hidden_states=output.hidden_states,
             attentions=output.attentions,
+            cross_attentions=output.cross_attentions,
             memory_state=memory.state,
             write_gates=memory.write_gates if output_memory else None,
             write_weights=memory.write_weights if output_memory else None,
@@ -369,7 +410,8 @@ class DNCGPT2Model(DNCGPT2PreTrainedModel, GPT2Model):
             return DNCGPT2Cache(self.config)
         if isinstance(past_key_values, DNCGPT2Cache | DNCGPT2StaticCache):
             held = past_key_values.layers[0].keys
-            if past_key_values.has_tokens and held.shape[0] != batch:
+            fixed = past_key_values.has_tokens or isinstance(past_key_values, DNCGPT2StaticCache)
+            if fixed and held is not None and held.shape[0] != batch:
                 raise ValueError(f"past_key_values is of batch size {held.shape[0]}, the input of {batch}.")
             return past_key_values
         kind = type(past_key_values).__name__
@@ -713,6 +755,8 @@ class DNCGPT2LMHeadModel(DNCGPT2PreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         memory_state: MemoryState | None = None,
         memory_reset: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
         output_memory: bool = False,
         output_base_logits: bool = False,
         output_logits: bool = True,
@@ -741,6 +785,8 @@ class DNCGPT2LMHeadModel(DNCGPT2PreTrainedModel, GenerationMixin):
         shift_labels = kwargs.pop("shift_labels", None)
         points = self.points
         compare = not output_logits and (isinstance(output_divergence, Tensor) or output_divergence)
+        if isinstance(logits_to_keep, int) and logits_to_keep == 0:
+            self._check_targets(input_ids, inputs_embeds, labels, shift_labels, output_divergence)
         outputs = self.transformer(
             input_ids,
             past_key_values=past_key_values,
@@ -751,6 +797,8 @@ class DNCGPT2LMHeadModel(DNCGPT2PreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             memory_state=memory_state,
             memory_reset=memory_reset,
+            encoder_hidden_states=encoder_hidden_states,
+            encoder_attention_mask=encoder_attention_mask,
             output_memory=output_memory or points,
             output_base_hidden_state=output_base_logits or compare,
             detach_base_hidden_state=not output_base_logits,
@@ -759,9 +807,6 @@ class DNCGPT2LMHeadModel(DNCGPT2PreTrainedModel, GenerationMixin):
             return_dict=True,
             **kwargs,
         )
-        for name, targets in (("labels", labels), ("shift_labels", shift_labels)):
-            if targets is not None and isinstance(logits_to_keep, int) and logits_to_keep == 0:
-                check_targets(name, targets, outputs.last_hidden_state.shape[:2], self.config.vocab_size)
         loss = logits = base_logits = correct = divergence = None
         if output_logits or points:
             pointed = (outputs.slot_tokens, outputs.read_weights.mean(2)) if points else ()
@@ -785,7 +830,7 @@ class DNCGPT2LMHeadModel(DNCGPT2PreTrainedModel, GenerationMixin):
                 labels,
                 vocab_size=self.config.vocab_size,
                 num_items_in_batch=num_items_in_batch,
-                shift_labels=shift_labels,
+                shift_labels=None if shift_labels is None else shift_labels.contiguous(),
             )
         if not output_logits and points:
             targets = next_tokens(labels, shift_labels)
@@ -804,6 +849,7 @@ class DNCGPT2LMHeadModel(DNCGPT2PreTrainedModel, GenerationMixin):
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            cross_attentions=outputs.cross_attentions,
             memory_state=outputs.memory_state,
             write_gates=outputs.write_gates if output_memory else None,
             write_weights=outputs.write_weights if output_memory else None,
@@ -811,6 +857,28 @@ class DNCGPT2LMHeadModel(DNCGPT2PreTrainedModel, GenerationMixin):
             read_strengths=outputs.read_strengths if output_memory else None,
             slot_tokens=outputs.slot_tokens if output_memory else None,
         )
+
+    def _check_targets(
+        self,
+        input_ids: Tensor | None,
+        inputs_embeds: Tensor | None,
+        labels: Tensor | None,
+        shift_labels: Tensor | None,
+        output_divergence: Tensor | bool,
+    ) -> None:
+        """Refuse what does not fit the inputs before these are run, for that changes a cache."""
+        targets = {"labels": labels, "shift_labels": shift_labels}
+        targets = {name: x for name, x in targets.items() if x is not None}
+        choice = output_divergence if isinstance(output_divergence, Tensor) else None
+        if (input_ids is None) == (inputs_embeds is None) or not (targets or choice is not None):
+            return
+        if input_ids is not None:
+            check_ids(input_ids, self.config.vocab_size, meta=self.device.type == "meta")
+        shape = tuple((inputs_embeds if input_ids is None else input_ids).shape[:2])
+        for name, x in targets.items():
+            check_targets(name, x, shape, self.config.vocab_size)
+        if choice is not None:
+            check_choice("output_divergence", choice, shape)
 
     @property
     def points(self) -> bool:
@@ -875,6 +943,20 @@ class DNCGPT2LMHeadModel(DNCGPT2PreTrainedModel, GenerationMixin):
             cache.end_past_recording()
         return output
 
+    def _get_candidate_generator(self, *, model_kwargs, assistant_model=None, **kwargs):
+        # An assistant has another memory or none, and prompts of other lengths. It need not guess right.
+        dropped = {"memory_reset"} if assistant_model is self else {"memory_reset", "memory_state"}
+        model_kwargs = {name: value for name, value in model_kwargs.items() if name not in dropped}
+        return super()._get_candidate_generator(model_kwargs=model_kwargs, assistant_model=assistant_model, **kwargs)
+
+    def init_continuous_batching(self, *args, **kwargs):
+        """Paged caches hold keys and values, and no memory.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError("Continuous batching has no place for a memory: use generate with a padded batch.")
+
     def _prepare_static_cache(self, cache_implementation, batch_size, max_cache_len, *args, **kwargs) -> Cache:
         # As transformers, a cache as long as the longest before keeps compiled code in use.
         self._previous_max_cache_length = max(max_cache_len, getattr(self, "_previous_max_cache_length", -1))
@@ -882,6 +964,8 @@ class DNCGPT2LMHeadModel(DNCGPT2PreTrainedModel, GenerationMixin):
         return DNCGPT2StaticCache(self.config, self._previous_max_cache_length, offloading)
 
     def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs) -> None:
+        if (reset := model_kwargs.get("memory_reset")) is not None:  # here, for the prompt's length is known here alone
+            check_choice("memory_reset", reset, tuple(inputs_tensor.shape[:2]))
         # The model counts the real tokens itself; given positions would have to be compared with that count.
         return None
 
@@ -904,7 +988,9 @@ class DNCGPT2LMHeadModel(DNCGPT2PreTrainedModel, GenerationMixin):
         inputs = {"input_ids": None, "inputs_embeds": tokens} if embedded else {"input_ids": tokens}
         along = {"position_ids": kwargs.pop("position_ids", None), "token_type_ids": kwargs.pop("token_type_ids", None)}
         if (reset := kwargs.pop("memory_reset", None)) is not None:  # the prompt's: no later token empties the memory
-            along["memory_reset"] = F.pad(reset, (0, max(0, input_ids.shape[1] - reset.shape[1])))
+            start = 0 if past_key_values is None else int(past_key_values.get_seq_length())
+            end = start + tokens.shape[1]
+            inputs["memory_reset"] = F.pad(reset, (0, max(0, end - reset.shape[1])))[:, start:end].contiguous()
         if attention_mask is None or attention_mask.dim() == 2:
             along["attention_mask"] = attention_mask
         else:

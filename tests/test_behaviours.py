@@ -179,6 +179,26 @@ def test_flash_attention_is_given_masks_that_it_takes(tiny_model, monkeypatch, a
         model(tokens, attention_mask=torch.ones(2, 1, 11, 11, dtype=torch.bool))
 
 
+def test_what_is_told_of_flattened_rows_does_not_reach_windows(tiny_model, monkeypatch):
+    model, tokens = tiny_model(), random_tokens(1, 22)
+    positions = torch.cat([torch.arange(9), torch.arange(13)])[None]
+    bounds = torch.tensor([0, 9, 22], dtype=torch.int32)
+    told = {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": 13, "max_length_k": 13}
+    seen = []
+    attend = ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+    def watched(*args, **kwargs):
+        seen.append(set(kwargs))
+        return attend(*args, **kwargs)
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "sdpa", watched)
+    out = model(tokens, position_ids=positions, **told)
+    torch.testing.assert_close(out.logits, model(tokens, position_ids=positions).logits)
+    assert seen and not any(names & set(told) for names in seen)
+    with pytest.raises(ValueError, match=r"cu_seq_lens_.* tell of flattened rows: pass position_ids"):
+        model(tokens, **told)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_models_generate_with_every_cache(model, dtype):
     model, tokens = model.to(dtype), random_tokens(2, 3)

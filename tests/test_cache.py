@@ -291,3 +291,20 @@ def test_a_static_cache_without_room_for_a_window_is_refused(tiny_model, mask):
     model = tiny_model()
     with pytest.raises(ValueError, match=r"cache of 4 tokens has no room for the 6 .*max_cache_len=8"):
         model(random_tokens(2, 6), attention_mask=mask, past_key_values=DNCGPT2StaticCache(model.config, 4))
+
+
+def test_a_static_cache_that_is_full_inside_a_window_is_refused(tiny_model):
+    model, tokens = tiny_model(), random_tokens(2, 5)
+    cache = DNCGPT2StaticCache(model.config, 4)
+    model(tokens[:, :4], past_key_values=cache)
+    with pytest.raises(ValueError, match=r"cache of 4 tokens has no room for the 5 .*max_cache_len=8"):
+        model(tokens[:, 4:], past_key_values=cache)
+
+
+def test_a_static_cache_keeps_its_batch_size_when_it_is_emptied(tiny_model):
+    model = tiny_model()
+    cache = DNCGPT2StaticCache(model.config, 8)
+    model(random_tokens(3, 4), past_key_values=cache)
+    cache.reset()
+    with pytest.raises(ValueError, match="batch size 3, the input of 2"):
+        model(random_tokens(2, 4), past_key_values=cache)

@@ -354,3 +354,44 @@ def test_the_prompt_may_empty_the_memory_in_its_middle(tiny_model, use_cache):
     later[:, 11] = True
     expected = model(out.sequences[:, :-1], memory_reset=later).logits[:, 11:]
     torch.testing.assert_close(torch.stack(out.logits, dim=1), expected.float())
+
+
+@pytest.mark.parametrize("options", [{"prefill_chunk_size": 3}, {"cache_implementation": "static"}, {"embedded": True}])
+def test_where_the_prompt_empties_the_memory_is_the_same_for_every_way_to_read_it(tiny_model, options):
+    model, prompt = tiny_model(), random_tokens(2, 12)
+    options = {"output_logits": True, "return_dict_in_generate": True, **options}
+    for place in (6, 11):
+        reset = torch.zeros(2, 12, dtype=torch.bool)
+        reset[:, place] = True
+        expected = generate(model, prompt, memory_reset=reset, output_logits=True, return_dict_in_generate=True)
+        given = dict(options)
+        if given.pop("embedded", False):
+            given["inputs_embeds"] = model.transformer.wte(prompt)
+        out = generate(model, None if "inputs_embeds" in given else prompt, memory_reset=reset, **given)
+        assert torch.equal(out.sequences[:, -NEW:], expected.sequences[:, -NEW:])
+        torch.testing.assert_close(torch.stack(out.logits), torch.stack(expected.logits))
+
+
+def test_a_reset_that_does_not_cover_the_prompt_is_refused(tiny_model):
+    model, tokens = tiny_model(), prompt(2, 9)
+    cache = model(tokens[:, :5], use_cache=True).past_key_values
+    with pytest.raises(ValueError, match=r"memory_reset has shape \[2, 4\]; for this input it must be \[2, 9\]"):
+        generate(model, tokens, past_key_values=cache, memory_reset=torch.zeros(2, 4, dtype=torch.bool))
+
+
+def test_an_assistant_has_a_memory_of_its_own_or_none(tiny_model):
+    model, tokens = tiny_model(), prompt(1, 5)
+    state = model(random_tokens(1, WINDOW)).memory_state
+    reset = torch.zeros(1, 5, dtype=torch.bool)
+    reset[:, 2] = True
+    for given in ({"memory_state": state}, {"memory_reset": reset}):
+        expected = generate(model, tokens, **given)
+        for assistant in (model, tiny_model(mem_slots=3), plain_gpt2(model)):
+            longest = WINDOW - 5 if assistant.config.model_type == "gpt2" else NEW  # where plain GPT-2 ends
+            found = generate(model, tokens, assistant_model=assistant, **given, max_new_tokens=longest)
+            assert torch.equal(found, expected[:, : 5 + longest])
+
+
+def test_continuous_batching_is_refused(tiny_model):
+    with pytest.raises(ValueError, match="Continuous batching has no place for a memory: use generate"):
+        tiny_model().generate_batch([[1, 2, 3]])

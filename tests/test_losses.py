@@ -200,3 +200,9 @@ def test_a_loss_without_targets_or_with_a_foreign_head_is_an_error(tiny_model):
     model.lm_head = torch.nn.Linear(model.config.n_embd, model.config.vocab_size).double()
     with pytest.raises(ValueError, match="linear LM head without bias"):
         model(tokens, labels=tokens, output_logits=False)
+
+
+def test_an_offloaded_head_is_refused_where_its_weight_is_used_directly():
+    head = torch.nn.Linear(3, 5, bias=False, device="meta")
+    with pytest.raises(ValueError, match="LM head that is not offloaded"):
+        losses.causal_lm_losses(head, torch.randn(1, 4, 3), torch.zeros(1, 4, dtype=torch.long), None, None)

@@ -7,9 +7,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel
+from transformers import DynamicCache, EncoderDecoderModel, GPT2Config, GPT2LMHeadModel
 
-from dnc_gpt2 import DNCGPT2LMHeadModel, MemoryState
+from dnc_gpt2 import DNCGPT2Config, DNCGPT2LMHeadModel, MemoryState
 from modeling_dnc_gpt2 import DNCGPT2Cache, DNCGPT2ModelOutput
 
 ADDRESSINGS = ["lru", "dnc", "simplified"]
@@ -745,6 +745,54 @@ def test_memory_state_of_another_addressing_is_refused(tiny_model):
         tiny_model(addressing="lru")(random_tokens(2, 5), memory_state=state)
 
 
+@pytest.mark.parametrize("kind", [tuple, list, lambda state: state._asdict(), lambda state: "state.safetensors"])
+def test_what_is_no_memory_state_is_refused_with_what_to_pass(tiny_model, kind):
+    model, tokens = tiny_model(), random_tokens(2, 5)
+    state = kind(model(tokens).memory_state)
+    with pytest.raises(ValueError, match=rf"memory_state is a {type(state).__name__}: pass the memory_state"):
+        model(tokens, memory_state=state)
+
+
+def test_positions_below_zero_are_refused_but_of_padding(tiny_model):
+    model, tokens, positions = tiny_model(), random_tokens(2, 5), torch.arange(5).repeat(2, 1) - 1
+    with pytest.raises(ValueError, match="position_ids hold -1"):
+        model(tokens, position_ids=positions)
+    mask = (positions >= 0).long()
+    out = model(tokens, position_ids=positions, attention_mask=mask)
+    torch.testing.assert_close(out.logits[:, 1:], model(tokens[:, 1:]).logits)
+
+
+def test_what_is_refused_leaves_the_cache_as_it_was(tiny_model):
+    model, tokens = tiny_model(), random_tokens(2, 5)
+    cache = model(tokens, use_cache=True).past_key_values
+    unknown = torch.full((2, 5), VOCABULARY)
+    for targets in ({"labels": unknown}, {"shift_labels": unknown}):
+        with pytest.raises(ValueError, match="labels hold"):
+            model(tokens, past_key_values=cache, **targets)
+    chosen = {"labels": tokens, "output_logits": False, "output_divergence": torch.ones(2, 3, dtype=torch.bool)}
+    with pytest.raises(ValueError, match=r"output_divergence has shape \[2, 3\]"):
+        model(tokens, past_key_values=cache, **chosen)
+    with pytest.raises(ValueError, match=r"output_divergence of type torch\.float32"):
+        model(tokens, past_key_values=cache, **{**chosen, "output_divergence": torch.ones(2, 5)})
+    assert cache.get_seq_length() == 5
+
+
+def test_targets_may_be_a_slice(tiny_model):
+    model, tokens = tiny_model(), random_tokens(2, 9)
+    inputs, targets = tokens[:, 2:6], tokens[:, 3:7]
+    expected = model(inputs.clone(), shift_labels=targets.clone()).loss
+    for output_logits in (True, False):
+        loss = model(inputs, shift_labels=targets, output_logits=output_logits).loss
+        torch.testing.assert_close(loss, expected, check_dtype=False)
+
+
+def test_a_configuration_without_a_memory_is_refused(tiny_model, tmp_path):
+    with pytest.raises(ValueError, match=r"A GPT2Config says nothing of a memory: .*DNCGPT2Config\.from_pretrained"):
+        DNCGPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=9))
+    plain_gpt2(tiny_model()).save_pretrained(tmp_path)
+    assert DNCGPT2LMHeadModel(DNCGPT2Config.from_pretrained(tmp_path)).config.n_embd == tiny_model().config.n_embd
+
+
 def test_cache_without_a_memory_is_refused(tiny_model):
     model, tokens = tiny_model(), random_tokens(2, 5)
     foreign = plain_gpt2(model)(tokens, use_cache=True).past_key_values
@@ -781,3 +829,22 @@ def test_cross_attention_works_within_one_window_and_is_refused_beyond(tiny_conf
     assert not torch.allclose(model(tokens).logits, expected)
     with pytest.raises(ValueError, match="Cross-attention works within one attention window"):
         model(random_tokens(2, 2 * WINDOW), **encoder)
+
+
+def test_an_encoder_is_attended_to_as_by_gpt2(tiny_config):
+    torch.manual_seed(0)
+    model = DNCGPT2LMHeadModel(tiny_config(add_cross_attention=True)).eval()
+    model.set_attn_implementation("eager")
+    encoder = {"encoder_hidden_states": torch.randn(2, 5, model.config.n_embd)}
+    out = model(random_tokens(2, 4), output_attentions=True, **encoder)
+    assert [x.shape for x in out.cross_attentions] == [(2, model.config.n_head, 4, 5)] * model.config.n_layer
+    options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    tokens = random_tokens(2, 3)
+    expected = tokens
+    for _ in range(4):
+        following = model(expected, **encoder).logits[:, -1].argmax(-1, keepdim=True)
+        expected = torch.cat([expected, following], 1)
+    assert torch.equal(model.generate(tokens, **encoder, **options), expected)
+    both = EncoderDecoderModel(encoder=plain_gpt2(model).transformer, decoder=model)
+    assert both(input_ids=tokens, decoder_input_ids=tokens).logits.shape == (2, 3, VOCABULARY)
+    assert both.generate(tokens, decoder_start_token_id=0, **options).shape == (2, 5)
