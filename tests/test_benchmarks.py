@@ -3,6 +3,8 @@
 import functools
 import inspect
 import json
+import os
+import subprocess
 import sys
 from dataclasses import replace
 from functools import partial
@@ -249,6 +251,15 @@ def test_long_generation_is_watched_at_eight_moments(run):
     rows = run(decoding.main, "--sizes tiny --tokens 40")
     assert [row["tokens"] for row in rows] == [5, 10, 15, 20, 25, 30, 35, 40]
     assert all(row["resident MiB"] > 0 and row["tokens per second"] > 0 for row in rows)
+
+
+@pytest.mark.parametrize("study", [associative_recall, dnc_tasks, pretrained, real_text, recall_distance])
+def test_a_study_finds_what_it_needs_from_any_folder(study, tmp_path):
+    # In a process of its own, for this one has found all modules already.
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [sys.executable, study.__file__, "--help"]
+    ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 0 and "--folder" in ended.stdout, ended.stderr
 
 
 def test_real_text_makes_every_model_once_and_compares_it_with_gpt2(tmp_path, monkeypatch):
