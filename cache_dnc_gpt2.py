@@ -582,19 +582,21 @@ class DNCGPT2StaticCache(_WindowCache, StaticCache):
     def set_alike(self, batch: int, position: int) -> None:
         """Note that every row has seen the tokens up to `position`."""
         counts = position % self.window_size + 1, position
-        self.check_room(counts[0])
         device = self.layers[0].device
-        self.set_rows(Rows(*(torch.full((batch,), count, device=device) for count in counts), None))
+        rows = Rows(*(torch.full((batch,), count, device=device) for count in counts), None)
+        self.check_room(rows.lengths)
+        self.set_rows(rows)
 
     def room(self, lengths: Tensor, seen: int) -> int:
         """Columns that any rows need."""
-        if not torch.compiler.is_compiling():
-            self.check_room(int(lengths.amax()))
+        self.check_room(lengths)
         return self.columns
 
-    def check_room(self, tokens: int) -> None:
-        """Raise a ValueError if so many tokens of one window do not fit."""
-        if tokens > self.columns:
+    def check_room(self, lengths: Tensor) -> None:
+        """Raise a ValueError if so many tokens [B] of each row's window do not fit; a whole window always does."""
+        if self.columns == self.window_size or torch.compiler.is_compiling():
+            return
+        if (tokens := int(lengths.amax())) > self.columns:
             raise ValueError(
                 f"A static cache of {self.columns} tokens has no room for the {tokens} of this window: make it "
                 f"with max_cache_len={self.window_size} or more."
@@ -602,8 +604,7 @@ class DNCGPT2StaticCache(_WindowCache, StaticCache):
 
     def width(self, columns: Tensor) -> int:
         """Number of columns, whatever is put in them."""
-        if not torch.compiler.is_compiling():
-            self.check_room(int(columns.amax()) + 1)
+        self.check_room(columns + 1)
         return self.columns
 
     def count(self, tokens: int) -> None:

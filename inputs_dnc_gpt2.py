@@ -59,13 +59,20 @@ def check_positions(position_ids: Tensor, real: Tensor | None) -> None:
         raise ValueError(f"position_ids hold {lowest}; positions of real tokens are 0 or more.")
 
 
-def check_state_type(state: object, fields: Sequence[str]) -> None:
-    """Raise a ValueError unless this is a memory state: by its fields, for code from the Hub has a class of its own."""
+def check_state(state: object, fields: Sequence[str], vocab_size: int) -> None:
+    """Raise a ValueError unless this is a memory state whose tokens [B, N] are 0 or 1 + a token id.
+
+    Args:
+        fields: of a memory state, which tell it: code from the Hub has a class of its own.
+    """
     if getattr(state, "_fields", None) != tuple(fields):
         raise ValueError(
             f"memory_state is a {type(state).__name__}: pass the memory_state that the model returned, or what "
             "MemoryState.load(path) reads."
         )
+    if state.slot_tokens is not None:
+        _require_type("memory_state.slot_tokens", state.slot_tokens, (torch.int64,))
+        _require_known("memory_state.slot_tokens", state.slot_tokens, vocab_size + 1)
 
 
 def check_choice(name: str, chosen: Tensor, shape: tuple[int, int]) -> None:
@@ -83,12 +90,6 @@ def check_targets(name: str, targets: Tensor, shape: tuple[int, int], vocab_size
     _require_type(name, targets, (torch.int64,))
     _require_shape(name, targets, [shape])
     _require_known(name, torch.where(targets == IGNORED, 0, targets), vocab_size)
-
-
-def check_slot_tokens(tokens: Tensor, vocab_size: int) -> None:
-    """Raise a ValueError unless a memory state's tokens [B, N] are 0 or 1 + a token id."""
-    _require_type("memory_state.slot_tokens", tokens, (torch.int64,))
-    _require_known("memory_state.slot_tokens", tokens, vocab_size + 1)
 
 
 def _require_type(name: str, x: object, dtypes: Sequence[torch.dtype]) -> None:

@@ -27,15 +27,7 @@ from transformers.utils.generic import is_flash_attention_requested
 try:
     from .cache_dnc_gpt2 import DNCGPT2Cache, DNCGPT2StaticCache, Folding, Record, Rows, last_real, locate
     from .configuration_dnc_gpt2 import DNCGPT2Config
-    from .inputs_dnc_gpt2 import (
-        check_choice,
-        check_ids,
-        check_inputs,
-        check_positions,
-        check_slot_tokens,
-        check_state_type,
-        check_targets,
-    )
+    from .inputs_dnc_gpt2 import check_choice, check_ids, check_inputs, check_positions, check_state, check_targets
     from .losses_dnc_gpt2 import IGNORED, causal_lm_losses, next_tokens
     from .masks_dnc_gpt2 import Ancestry, branching_memory, visible_tokens
     from .memory_dnc_gpt2 import DNCMemory, MemoryOutput, MemoryState
@@ -44,15 +36,7 @@ try:
 except ImportError:
     from cache_dnc_gpt2 import DNCGPT2Cache, DNCGPT2StaticCache, Folding, Record, Rows, last_real, locate
     from configuration_dnc_gpt2 import DNCGPT2Config
-    from inputs_dnc_gpt2 import (
-        check_choice,
-        check_ids,
-        check_inputs,
-        check_positions,
-        check_slot_tokens,
-        check_state_type,
-        check_targets,
-    )
+    from inputs_dnc_gpt2 import check_choice, check_ids, check_inputs, check_positions, check_state, check_targets
     from losses_dnc_gpt2 import IGNORED, causal_lm_losses, next_tokens
     from masks_dnc_gpt2 import Ancestry, branching_memory, visible_tokens
     from memory_dnc_gpt2 import DNCMemory, MemoryOutput, MemoryState
@@ -284,11 +268,9 @@ class DNCGPT2Model(DNCGPT2PreTrainedModel, GPT2Model):
             options |= {"detach_base_hidden_state": detach_base_hidden_state}
             return self._one_by_one(inputs, tokens, past_key_values=cache, **options)
         before = cache.snapshot() if cache is not None and cache.is_recording else None
-        if memory_state is not None:
-            check_state_type(memory_state, MemoryState._fields)
         state = cache.memory_state if cache is not None and cache.has_tokens else memory_state
-        if state is not None and state is memory_state and state.slot_tokens is not None:
-            check_slot_tokens(state.slot_tokens, self.config.vocab_size)
+        if state is not None and state is memory_state:
+            check_state(state, MemoryState._fields, self.config.vocab_size)
         ancestry = None
         if custom:
             if is_flash_attention_requested(self.config):
@@ -935,7 +917,8 @@ class DNCGPT2LMHeadModel(DNCGPT2PreTrainedModel, GenerationMixin):
                 cache.activate_past_recording()
 
     def _assisted_decoding(self, *args, inputs_tensor: Tensor | None = None, **kwargs):
-        # What comes later takes no tokens back: it is not to pay for that.
+        # What comes later takes no tokens back: it is not to pay for that. (`inputs_tensor` is named, for transformers
+        # passes it only where the signature has it.)
         cache = kwargs.get("past_key_values")
         recording = getattr(cache, "is_recording", True)  # without a cache that can record, transformers refuses
         output = super()._assisted_decoding(*args, inputs_tensor=inputs_tensor, **kwargs)
@@ -990,7 +973,8 @@ class DNCGPT2LMHeadModel(DNCGPT2PreTrainedModel, GenerationMixin):
         if (reset := kwargs.pop("memory_reset", None)) is not None:  # the prompt's: no later token empties the memory
             start = 0 if past_key_values is None else int(past_key_values.get_seq_length())
             end = start + tokens.shape[1]
-            inputs["memory_reset"] = F.pad(reset, (0, max(0, end - reset.shape[1])))[:, start:end].contiguous()
+            if start < reset.shape[1]:
+                inputs["memory_reset"] = F.pad(reset, (0, max(0, end - reset.shape[1])))[:, start:end].contiguous()
         if attention_mask is None or attention_mask.dim() == 2:
             along["attention_mask"] = attention_mask
         else:

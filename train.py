@@ -143,7 +143,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         train(trainer, checkpoints[kind])
         finish_reports(trainer.callback_handler.callbacks)
         if trainer.args.should_save:
-            remember_run(run / kind, data, training.seed, sys.argv[1:] if arguments is None else arguments)
+            given = sys.argv[1:] if arguments is None else arguments
+            remember_run(run / kind, data, training.seed, given, untrained=not has_trainable(model))
         trainer.accelerator.wait_for_everyone()  # the other processes read what the main one has saved
         trainer.free_optimizer()
         return trainer
@@ -163,7 +164,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         progress=not training.disable_tqdm,
     )
     for kind in models:
-        comparer.add(kind, str(run / kind), untrained=kind == "baseline" and model_arguments.freeze_backbone)
+        comparer.add(kind, str(run / kind))
     for opponent in options.opponents:
         if opponent in SCORED:
             comparer.add_scored(opponent, str(run / "baseline"), config.mem_slots)
@@ -186,6 +187,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
             memory = has_memory_metrics(result)
             model_config = AutoConfig.from_pretrained(run / kind)
             summary = training_summary(corpus.description, tokens, model_config, model_arguments, data, training)
+            if result.get("untrained"):
+                summary = {"starting from": model_arguments.model_name_or_path, "optimizer steps": 0}
             metrics = {k: v for k, v in result["metrics"].items() if isinstance(v, float | int)}
             write_text(run / kind / "README.md", model_card(kind, metrics, summary, comparison, memory=memory))
         print(printed(comparison))
@@ -327,13 +330,17 @@ def checkpoint_to_resume(run: Path, kind: str, kinds: list[str], training: DNCTr
     return None if last is None else str(last)
 
 
+def has_trainable(model: PreTrainedModel) -> bool:
+    """Whether there is anything to train: of a plain GPT-2 whose backbone is frozen there is nothing."""
+    return any(parameter.requires_grad for parameter in model.parameters())
+
+
 def train(trainer: DNCTrainer, checkpoint: str | None) -> None:
     """Train what there is to train, evaluate at the end and save the final checkpoint.
 
     SIGINT or SIGTERM ends the process after the step under way, with a checkpoint.
     """
-    frozen = not any(parameter.requires_grad for parameter in trainer.model.parameters())
-    if not frozen and (checkpoint is None or not trainer.load_finished(checkpoint)):
+    if has_trainable(trainer.model) and (checkpoint is None or not trainer.load_finished(checkpoint)):
         if checkpoint == trainer.args.output_dir:
             sys.exit(
                 f"train.py: {checkpoint} holds a finished model, but no checkpoint-<step> to go on from; choose "

@@ -25,6 +25,7 @@ from .inspection import Inspection, inspect, inspect_tokens
 from .metrics import MEMORY_METRICS
 from .models import count_parameters, has_memory, load_model, require_checkpoint, window_size
 from .opponents import NeuralCache, NeuralCacheRunner, OverlappingRunner, tune_neural_cache
+from .options import recall_run
 from .pointing import TUNING_TOKENS
 from .profiles import Profile, distances, positions
 from .statistics import RESAMPLES, paired_difference, resampling_units
@@ -106,11 +107,8 @@ class Comparison:
             "versions": report.versions(),
         }
 
-    def add(self, name: str, path: str, *, untrained: bool = False) -> None:
+    def add(self, name: str, path: str) -> None:
         """Evaluate a checkpoint: a folder or hub name.
-
-        Args:
-            untrained: say that this model was not trained beside the others.
 
         Raises:
             ValueError: it cannot be loaded, or does not know the tokenizer's tokens.
@@ -118,7 +116,7 @@ class Comparison:
         model = self._load(path)
         weight = getattr(model.config, "pointer_weight", 0.0)
         self._evaluate(name, path, model, details={"pointer weight": weight} if weight else None)
-        if untrained:
+        if (recall_run(path) or {}).get("untrained"):
             self.result["models"][name]["untrained"] = True
         if has_memory(model):
             texts = dict.fromkeys((EINSTEIN, *self.inspect))

@@ -223,9 +223,11 @@ def one_line_errors(program: str) -> Iterator[None]:
         signal.signal(signal.SIGTERM, previous)
 
 
-def remember_run(folder: Path, data: DataArguments, seed: int, arguments: Sequence[str] = ()) -> None:
+def remember_run(
+    folder: Path, data: DataArguments, seed: int, arguments: Sequence[str] = (), untrained: bool = False
+) -> None:
     """Write into a checkpoint what data it was trained on, so that comparing it needs no options, the command line, the
-    seed and the versions.
+    seed, the versions, and whether it was only copied, with nothing to train.
 
     Checkpoints may be published: the command line is kept without tokens of the Hub.
     """
@@ -236,6 +238,7 @@ def remember_run(folder: Path, data: DataArguments, seed: int, arguments: Sequen
         if not secret:
             kept.append(argument)
     run = {"data": asdict(data), "seed": seed, "versions": report.versions(), "arguments": kept}
+    run |= {"untrained": True} if untrained else {}
     report.write_text(folder / RUN_FILE, report.to_json(run))
 
 

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from tiny_runs import command_line, tiny_options, tiny_run, write_text
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
+import compare
 import train
 from dnc_gpt2 import DNCGPT2LMHeadModel
 from dnc_gpt2.comparison import EINSTEIN
@@ -454,6 +455,10 @@ def test_a_frozen_backbone_stays_as_it_was_and_the_memory_learns(gpt2, folder, c
     comparison = tiny_run(folder, **options)
     assert "leaves the plain GPT-2 as it is" in caplog.text
     assert comparison["models"]["baseline"]["untrained"] and "untrained" not in comparison["models"]["dnc"]
+    assert "| optimizer steps | 0 |" in (output_dir / "baseline" / "README.md").read_text()
+    checkpoints = [str(output_dir / kind) for kind in KINDS]
+    later = compare.main([*checkpoints, "--output_dir", str(folder / "frozen-compared"), "--use_cpu"])
+    assert later["models"]["baseline"]["untrained"] and "untrained" not in later["models"]["dnc"]
     start = load_file(gpt2 / "model.safetensors")
     for kind in KINDS:
         weights = load_file(output_dir / kind / "model.safetensors")
